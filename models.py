@@ -1,0 +1,304 @@
+"""Models by name: every torchvision classifier, and the EfficientNetV2 sizes torchvision lacks.
+
+Also what a run does to a model: weights by name or file onto a head of another class count, drop
+rates changed in place, arithmetic per image.
+"""
+
+import difflib
+import inspect
+import math
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import get_model, get_model_weights, list_models
+from torchvision.models._api import register_model  # as the registry of get_model; not exported higher up
+from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
+from torchvision.ops import StochasticDepth
+
+from config import ConfigError
+
+# ---- EfficientNetV2-B0 to B3 and XL ----
+
+# Rows: fused, expansion, stride of the first layer, channels in, channels out, layers. All kernels are
+# 3 x 3; unfused blocks squeeze to a quarter of their input channels, which is torchvision's rule too.
+# Source: google/automl, efficientnetv2/effnetv2_configs.py (v2_base_block, v2_xl_block).
+BASE_BLOCKS = (
+    (True, 1, 1, 32, 16, 1),
+    (True, 4, 2, 16, 32, 2),
+    (True, 4, 2, 32, 48, 2),
+    (False, 4, 2, 48, 96, 3),
+    (False, 6, 1, 96, 112, 5),
+    (False, 6, 2, 112, 192, 8),
+)
+XL_BLOCKS = (
+    (True, 1, 1, 32, 32, 4),
+    (True, 4, 2, 32, 64, 8),
+    (True, 4, 2, 64, 96, 8),
+    (False, 4, 2, 96, 192, 16),
+    (False, 6, 1, 192, 256, 24),
+    (False, 6, 2, 256, 512, 32),
+    (False, 6, 1, 512, 640, 8),
+)
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """`channels * width`, rounded to the nearest multiple of 8 (not torchvision's rule, which never
+    goes down by more than a tenth)."""
+    return max(8, int(channels * width + 4) // 8 * 8)
+
+
+def efficientnet_v2(
+    blocks: Sequence[tuple[bool, int, int, int, int, int]], width: float, depth: float, dropout: float, **kwargs: Any
+) -> EfficientNet:
+    """An EfficientNetV2 of torchvision's own blocks; images (N, 3, S, S) to logits (N, num_classes).
+
+    width, depth: factors on channels and on layers per row; layers round up
+    """
+    rows = []
+    for fused, expansion, stride, channels_in, channels_out, layers in blocks:
+        make = FusedMBConvConfig if fused else MBConvConfig
+        rows.append(
+            make(
+                expand_ratio=expansion,
+                kernel=3,
+                stride=stride,
+                input_channels=scaled_channels(channels_in, width),
+                out_channels=scaled_channels(channels_out, width),
+                num_layers=math.ceil(layers * depth),
+            )
+        )
+    kwargs.setdefault("norm_layer", partial(nn.BatchNorm2d, eps=1e-3))
+    return EfficientNet(rows, dropout=dropout, last_channel=scaled_channels(1280, width), **kwargs)
+
+
+def register(
+    name: str, blocks: Sequence[tuple[bool, int, int, int, int, int]], width: float, depth: float, dropout: float
+) -> None:
+    def build(*, weights: None = None, progress: bool = True, **kwargs: Any) -> EfficientNet:
+        return efficientnet_v2(blocks, width, depth, kwargs.pop("dropout", dropout), **kwargs)
+
+    build.__name__ = name
+    register_model(name)(build)
+
+
+# Source: effnetv2_configs.py (efficientnetv2_params): width, depth, dropout.
+EXTRA_MODELS = {
+    "efficientnet_v2_b0": (BASE_BLOCKS, 1.0, 1.0, 0.2),
+    "efficientnet_v2_b1": (BASE_BLOCKS, 1.0, 1.1, 0.2),
+    "efficientnet_v2_b2": (BASE_BLOCKS, 1.1, 1.2, 0.3),
+    "efficientnet_v2_b3": (BASE_BLOCKS, 1.2, 1.4, 0.3),
+    "efficientnet_v2_xl": (XL_BLOCKS, 1.0, 1.0, 0.4),
+}
+for _name, _row in EXTRA_MODELS.items():
+    register(_name, *_row)
+
+
+def available() -> list[str]:
+    """Names `build_model` takes."""
+    return sorted([*list_models(module=torchvision.models), *EXTRA_MODELS])
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless `name` is a model, naming the nearest ones that are."""
+    names = available()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        raise ConfigError(
+            f"unknown model {name!r}; {'nearest: ' + ', '.join(near) if near else 'any torchvision classification model is accepted'}"
+        )
+
+
+# ---- building, weights ----
+
+
+def build_model(
+    name: str, num_classes: int, weights: dict[str, Tensor] | None = None, bn_momentum: float | None = None
+) -> tuple[nn.Module, str]:
+    """The model, and a line that says what of `weights` (of `read_weights`) it holds.
+
+    The head is made for `num_classes` and keeps its Dropout. Auxiliary heads (GoogLeNet, Inception)
+    are left out: training sees one output.
+
+    Raises:
+        ConfigError: weights of another architecture; no batch norm to give a momentum.
+    """
+    kwargs: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        kwargs.update(aux_logits=False, init_weights=True)
+    if weights is not None and name in ("googlenet", "inception_v3"):
+        kwargs.update(transform_input=True)  # their published weights expect it
+    model = get_model(name, weights=None, num_classes=num_classes, **kwargs)
+    remember_depth_shares(model)
+    if isinstance(model, EfficientNet):
+        shrink_head(model, num_classes)
+    loaded = f"{name}: random weights"
+    if weights is not None:
+        loaded = f"{name}: {load_weights(model, name, weights, num_classes)}"
+    if bn_momentum is not None:
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            raise ConfigError(f"bn_momentum has no effect: {name} has no batch norm; leave it out")
+        for norm in norms:
+            norm.momentum = bn_momentum
+    return model, loaded
+
+
+def build_on_meta(name: str) -> nn.Module:
+    """The model for 1,000 classes as shapes alone: no memory, no time for weights."""
+    try:
+        with torch.device("meta"):
+            return build_model(name, 1000)[0]
+    except NotImplementedError:  # RegNet looks at numbers while it is built
+        return build_model(name, 1000)[0].to("meta")
+
+
+def shrink_head(model: EfficientNet, num_classes: int) -> None:
+    """Start a head of few classes with weights as small as one of ImageNet's 1,000 has.
+
+    The published rule, uniform in +-1/sqrt(num_classes), was made for 1,000 classes. For 10 it gives logits
+    of standard deviation 4: training spends its first epochs unlearning them (docs/differences.md).
+    """
+    head = model.classifier[-1]
+    assert isinstance(head, nn.Linear)
+    bound = 1 / math.sqrt(max(num_classes, 1000))
+    nn.init.uniform_(head.weight, -bound, bound)
+
+
+def find_weights(name: str, weights: str) -> Any:
+    """The torchvision weights enum member of a model: `DEFAULT`, `IMAGENET1K_V1`, or with the class in front.
+
+    Raises:
+        ConfigError: the model has none of that name, and no such file exists.
+    """
+    members = [] if name in EXTRA_MODELS else list(get_model_weights(name))
+    for member in members:
+        if weights in (member.name, str(member)):
+            return member
+    if members and weights == "DEFAULT":
+        return get_model_weights(name).DEFAULT
+    known = ", ".join(["DEFAULT", *map(str, members)]) if members else "none"
+    raise ConfigError(f"weights {weights!r} is neither a file nor weights of {name} (it has {known})")
+
+
+def read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    """State dict of a file (a bare state dict, or a checkpoint's `model_ema` or `model`) or of torchvision.
+
+    Raises:
+        ConfigError: not a file of weights, or it cannot be fetched.
+    """
+    if not os.path.isfile(weights):
+        member = find_weights(name, weights)
+        try:
+            return member.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:  # URLError is one
+            raise ConfigError(f"weights {member} cannot be fetched: {error}; give a file instead") from error
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch.load raises on a stray file varies with the file
+        raise ConfigError(
+            f"weights: {weights} is not a file of weights that loads safely ({type(error).__name__})"
+        ) from error
+    if isinstance(state, dict):
+        state = next((state[key] for key in ("model_ema", "model") if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"weights: {weights} holds no state dict")
+    return state
+
+
+def load_weights(model: nn.Module, name: str, weights: dict[str, Tensor], num_classes: int) -> str:
+    """Load what fits, and say what was loaded and what was not. Only a head of another class count
+    and auxiliary heads may stay out."""
+    state = {key: value for key, value in weights.items() if not key.startswith(("aux", "AuxLogits"))}
+    own = model.state_dict()
+    head = {
+        key for key in own.keys() & state.keys()
+        if own[key].ndim and own[key].shape != state[key].shape
+        and own[key].shape[0] == num_classes and own[key].shape[1:] == state[key].shape[1:]
+    }  # fmt: skip
+    misfits = [key for key in own if key not in head and (key not in state or own[key].shape != state[key].shape)]
+    misfits += [key for key in state if key not in own]
+    if misfits:
+        raise ConfigError(
+            f"weights are not of {name}: {len(misfits)} tensors are missing, unknown or of another shape, first {misfits[0]}"
+        )
+    model.load_state_dict({key: value for key, value in state.items() if key not in head}, strict=False)
+    told = f"{len(own) - len(head)} of {len(own)} tensors loaded"
+    return f"{told}; new head for {num_classes} classes ({', '.join(sorted(head))})" if head else told
+
+
+# ---- drop rates ----
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Set every Dropout of `model` to probability `p`; weights and optimizer state stay.
+
+    Raises:
+        ConfigError: the model has no Dropout, so the setting could not take effect.
+    """
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    if not dropouts:
+        raise ConfigError(f"dropout {p:g} has no effect: {type(model).__name__} has no Dropout layer; leave it out")
+    for module in dropouts:
+        module.p = p
+
+
+def remember_depth_shares(model: nn.Module) -> None:
+    """Note on each StochasticDepth its share of the model's drop probability p.
+
+    torchvision fixes the probabilities when it builds the model: block k of n gets p * k / n in an
+    EfficientNet, so that the last one has a little less than p, and p * k / (n - 1) in the others, so
+    that the last one has p. The share outlives p = 0.
+    """
+    layers = [module for module in model.modules() if isinstance(module, StochasticDepth)]
+    if layers:
+        default = inspect.signature(EfficientNet).parameters["stochastic_depth_prob"].default
+        whole = default if isinstance(model, EfficientNet) else max(layer.p for layer in layers)
+        for layer in layers:
+            layer.depth_share = layer.p / whole
+
+
+def set_stochastic_depth(model: nn.Module, p: float) -> None:
+    """Set stochastic depth of `model`: block k drops with its share of `p`, the first never.
+
+    Raises:
+        ConfigError: the model has none, so the setting could not take effect.
+    """
+    layers = [module for module in model.modules() if isinstance(module, StochasticDepth)]
+    if not layers:
+        raise ConfigError(
+            f"stochastic_depth_prob {p:g} has no effect: {type(model).__name__} has no stochastic depth; leave it out"
+        )
+    for layer in layers:
+        layer.p = p * layer.depth_share
+
+
+# ---- arithmetic ----
+
+
+def gflops_per_image(model: nn.Module, image_sizes: Sequence[int]) -> list[float]:
+    """Billions of multiply-adds of one image's forward pass at each size, as papers and torchvision
+    count them (EfficientNetV2-S at 384: 8.37).
+
+    model: on the meta device, so that only shapes are computed
+
+    Raises:
+        ConfigError: the model cannot take a size.
+    """
+    model.eval()
+    counts: dict[int, float] = {}
+    for size in image_sizes:
+        if size not in counts:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                try:
+                    model(torch.empty(1, 3, size, size, device="meta"))
+                except (RuntimeError, AssertionError, ValueError) as error:
+                    reason = str(error).strip().splitlines()[0]
+                    raise ConfigError(f"{type(model).__name__} cannot take images of {size} px: {reason}") from error
+            counts[size] = counter.get_total_flops() / 2 / 1e9  # it counts a multiply-add as two
+    return [counts[size] for size in image_sizes]

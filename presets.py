@@ -1,0 +1,223 @@
+"""A stage's settings as image transforms: the training preset, the evaluation preset, RandAugment
+with continuous magnitudes on two scales, mixup and cutmix.
+
+Every transform here draws from torch's default CPU generator; `data.py` sets that from
+(seed, epoch, index), so an image's augmentation depends on nothing else.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import transforms as v1
+from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# ---- RandAugment ----
+
+BINS_PER_UNIT = {"torchvision": 1.0, "paper": 3.0}  # of `ra_scale`, in torchvision's bins of 30
+
+
+@lru_cache
+def bins(start: float, end: float) -> list[float]:
+    return torch.linspace(start, end, 31).tolist()
+
+
+def on_range(start: float, end: float, level: float) -> float:
+    """`level` bins of 30 from `start` towards `end`, and on beyond it: level 45 is 1.5 times the range.
+
+    At whole levels up to 30 this is torchvision's float32 number, to the bit: `int` and comparisons
+    follow, and a number a hair smaller would shift an image by a pixel.
+    """
+    if level <= 30 and level == int(level):
+        return bins(start, end)[int(level)]
+    return start + (end - start) * level / 30
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One of RandAugment's operations.
+
+    apply: (image, amount, interpolation) to image, PIL or uint8 tensor (..., 3, H, W)
+    amount: (level in bins of 30, height, width) to the operation's own unit
+    signed: the amount is negated for half of the draws
+    """
+
+    apply: Callable[[Any, float, InterpolationMode], Any]
+    amount: Callable[[float, int, int], float] = lambda level, height, width: 0.0
+    signed: bool = False
+
+
+def shear(image: Any, x: float, y: float, interpolation: InterpolationMode) -> Any:
+    degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
+    return F.affine(
+        image, angle=0.0, translate=[0, 0], scale=1.0, shear=degrees, interpolation=interpolation, center=[0, 0]
+    )
+
+
+def translate(image: Any, x: float, y: float, interpolation: InterpolationMode) -> Any:
+    return F.affine(
+        image, angle=0.0, translate=[int(x), int(y)], scale=1.0, shear=[0.0, 0.0], interpolation=interpolation
+    )
+
+
+def shift(level: float, side: int) -> float:
+    # Beyond the range, stop while a quarter of the image is still to be seen.
+    return min(on_range(0.0, 150.0 / 331.0 * side, level), 0.75 * side)
+
+
+def factor(amount: float) -> float:
+    return max(0.0, 1.0 + amount)  # below 0 an image would turn into its negative
+
+
+def enhance(level: float, height: int, width: int) -> float:
+    return on_range(0.0, 0.9, level)
+
+
+# In torchvision's order: the same draw picks the same operation. Ranges are torchvision's; the paper's
+# scale goes beyond them where a setting above 10 says so, up to what an operation can take: one bit of
+# colour, threshold 0, factor 0, three quarters of the image.
+OPERATIONS: dict[str, Operation] = {
+    "Identity": Operation(lambda image, amount, mode: image),
+    "ShearX": Operation(lambda image, amount, mode: shear(image, amount, 0.0, mode), lambda m, h, w: on_range(0.0, 0.3, m), True),
+    "ShearY": Operation(lambda image, amount, mode: shear(image, 0.0, amount, mode), lambda m, h, w: on_range(0.0, 0.3, m), True),
+    "TranslateX": Operation(lambda image, amount, mode: translate(image, amount, 0.0, mode), lambda m, h, w: shift(m, w), True),
+    "TranslateY": Operation(lambda image, amount, mode: translate(image, 0.0, amount, mode), lambda m, h, w: shift(m, h), True),
+    "Rotate": Operation(lambda image, amount, mode: F.rotate(image, amount, interpolation=mode), lambda m, h, w: on_range(0.0, 30.0, m), True),
+    "Brightness": Operation(lambda image, amount, mode: F.adjust_brightness(image, factor(amount)), enhance, True),
+    "Color": Operation(lambda image, amount, mode: F.adjust_saturation(image, factor(amount)), enhance, True),
+    "Contrast": Operation(lambda image, amount, mode: F.adjust_contrast(image, factor(amount)), enhance, True),
+    "Sharpness": Operation(lambda image, amount, mode: F.adjust_sharpness(image, factor(amount)), enhance, True),
+    "Posterize": Operation(lambda image, amount, mode: F.posterize(image, int(amount)), lambda m, h, w: max(1, 8 - round(m / 7.5))),
+    "Solarize": Operation(lambda image, amount, mode: F.solarize(image, amount), lambda m, h, w: max(0.0, on_range(255.0, 0.0, m))),
+    "AutoContrast": Operation(lambda image, amount, mode: F.autocontrast(image)),
+    "Equalize": Operation(lambda image, amount, mode: F.equalize(image)),
+}  # fmt: skip
+
+
+class RandAugment(nn.Module):
+    """Two operations drawn from `OPERATIONS` for each image, at one magnitude; PIL or uint8 (3, H, W).
+
+    magnitude: any number from 0, in the units of `scale`: "torchvision" bins of 30, "paper" tenths of
+        the range (15 rotates by 15 and by 45 degrees)
+
+    At scale "torchvision" and whole magnitudes it equals torchvision's RandAugment draw for draw on PIL images
+    (transforms.v1; v2 draws its signs in another order). On tensors each operation equals v2's, which v1's Color and
+    Sharpness miss by a grey level.
+
+    Source: arXiv:1909.13719; magnitudes of EfficientNetV2: arXiv:2104.00298, Table 6.
+    """
+
+    def __init__(self, magnitude: float, scale: str, interpolation: InterpolationMode, num_ops: int = 2):
+        super().__init__()
+        self.level = magnitude * BINS_PER_UNIT[scale]
+        self.interpolation = interpolation
+        self.num_ops = num_ops
+
+    def forward(self, image: Any) -> Any:
+        height, width = F.get_size(image)
+        operations = list(OPERATIONS.values())
+        for _ in range(self.num_ops):
+            operation = operations[int(torch.randint(len(operations), (1,)))]
+            amount = operation.amount(self.level, height, width)
+            if operation.signed and torch.randint(2, (1,)):
+                amount = -amount
+            image = operation.apply(image, amount, self.interpolation)
+        return image
+
+
+# ---- presets ----
+
+
+def train_preset(
+    *,
+    image_size: int,
+    auto_augment: str | None = None,
+    ra_magnitude: float | None = None,
+    ra_scale: str = "torchvision",
+    augmix_severity: int = 3,
+    random_erase: float = 0.0,
+    crop_scale: tuple[float, float] = (0.08, 1.0),
+    hflip_prob: float = 0.5,
+    interpolation: str = "bilinear",
+    backend: str = "pil",
+    use_v2: bool = False,
+) -> v1.Compose:
+    """An RGB PIL image to a normalised float32 tensor (3, image_size, image_size): random resized crop,
+    flip, policy, normalise, random erase; the reference's order.
+
+    use_v2: take torchvision's own transforms from `transforms.v2`; the distribution is the same
+    """
+    lib: Any = v2 if use_v2 else v1
+    mode = InterpolationMode(interpolation)
+    steps = [lib.PILToTensor()] if backend == "tensor" else []
+    steps.append(lib.RandomResizedCrop(image_size, scale=crop_scale, interpolation=mode, antialias=True))
+    if hflip_prob > 0:
+        steps.append(lib.RandomHorizontalFlip(hflip_prob))
+    if auto_augment == "ra":
+        assert ra_magnitude is not None
+        steps.append(RandAugment(ra_magnitude, ra_scale, mode))
+    elif auto_augment == "ta_wide":
+        steps.append(lib.TrivialAugmentWide(interpolation=mode))
+    elif auto_augment == "augmix":
+        steps.append(lib.AugMix(interpolation=mode, severity=augmix_severity))
+    elif auto_augment is not None:
+        steps.append(lib.AutoAugment(policy=AutoAugmentPolicy(auto_augment), interpolation=mode))
+    steps += to_normalised(lib, backend)
+    if random_erase > 0:
+        steps.append(lib.RandomErasing(p=random_erase))
+    return v1.Compose(steps)
+
+
+def eval_preset(
+    *, crop_size: int, resize_size: int, interpolation: str = "bilinear", backend: str = "pil", use_v2: bool = False
+) -> v1.Compose:
+    """An RGB PIL image to a normalised float32 tensor (3, crop_size, crop_size): short side to
+    `resize_size`, centre crop, normalise."""
+    lib: Any = v2 if use_v2 else v1
+    steps = [lib.PILToTensor()] if backend == "tensor" else []
+    steps += [
+        lib.Resize(resize_size, interpolation=InterpolationMode(interpolation), antialias=True),
+        lib.CenterCrop(crop_size),
+    ]
+    return v1.Compose(steps + to_normalised(lib, backend))
+
+
+def to_normalised(lib: Any, backend: str) -> list[Any]:
+    steps = [lib.PILToTensor()] if backend == "pil" else []
+    steps.append(v2.ToDtype(torch.float32, scale=True) if lib is v2 else v1.ConvertImageDtype(torch.float32))
+    return [*steps, lib.Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD)]
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """Normalised (..., 3, H, W) back to uint8, for the eye."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+# ---- mixup, cutmix ----
+
+
+def batch_mix(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> nn.Module | None:
+    """Mixup or cutmix of a batch, one of the two per batch if both alphas are above 0; None if neither is.
+
+    It takes images (N, 3, S, S) and class numbers (N,), and gives images and soft targets (N, K). Its draws
+    come from the CPU generator, so nothing waits for the device. Label smoothing is the loss's.
+
+    Source: arXiv:1710.09412 (mixup), arXiv:1905.04899 (cutmix).
+    """
+    mixes: list[nn.Module] = []
+    if mixup_alpha > 0:
+        mixes.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
+    if cutmix_alpha > 0:
+        mixes.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
+    if len(mixes) == 2:
+        return v2.RandomChoice(mixes)
+    return mixes[0] if mixes else None

@@ -1,0 +1,81 @@
+"""Losses and correct answers, counted on the device and read when someone asks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import Runtime
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training diverged; the message says where."""
+
+
+class TrainingLoss:
+    """The losses of an epoch, kept on the device: reading waits for it, adding does not.
+
+    title: where training is, for the message of NonFiniteLoss
+    """
+
+    def __init__(self, state: Any, runtime: Runtime, title: str):
+        self.runtime, self.title = runtime, title
+        # What an earlier part of this epoch summed over all processes goes on in one of them.
+        self.num_images = state.num_images if runtime.is_main else 0
+        self.sum = torch.tensor(state.loss_sum if runtime.is_main else 0.0, device=runtime.device)
+        self.bad_step = torch.tensor(-1, device=runtime.device)
+
+    def add(self, loss: Tensor, num_images: int, step: int) -> None:
+        self.sum += loss * num_images
+        self.num_images += num_images
+        self.bad_step = torch.where(torch.isfinite(loss) | (self.bad_step >= 0), self.bad_step, step)
+
+    def read(self) -> float:
+        """Mean loss of this process so far. Waits for the device."""
+        if self.bad_step >= 0:
+            raise NonFiniteLoss(
+                f"the loss is not finite in {self.title}, step {int(self.bad_step)}; lower lr, warm up longer, or set "
+                "clip_grad_norm. The checkpoint of the epoch before is whole"
+            )
+        return float(self.sum) / max(self.num_images, 1)
+
+    def store(self, state: Any) -> None:
+        """Put the sums over all processes into `state`."""
+        self.read()
+        sums = self.runtime.sum(torch.stack([self.sum, torch.tensor(float(self.num_images), device=self.sum.device)]))
+        state.loss_sum, state.num_images = float(sums[0]), int(sums[1])
+
+
+class Score:
+    """What an evaluation counted; `gather` adds it up over processes, then the figures can be read.
+
+    top1, top5: percent of `num_images`; loss: mean per image
+    confusion: (K, K) images, rows true, columns predicted
+    """
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+        self.sums = torch.zeros(2, device=runtime.device)  # loss, images with the class among the first five
+        self.counts: Tensor | None = None  # (K, K)
+
+    def add(self, output: Tensor, targets: Tensor, loss: Tensor) -> None:
+        """output: (N, K) logits; targets: (N,); loss: mean over the batch"""
+        num_classes = output.shape[1]
+        if self.counts is None:
+            self.counts = torch.zeros(num_classes, num_classes, dtype=torch.long, device=output.device)
+        first = output.topk(min(5, num_classes)).indices  # (N, 5)
+        self.counts.index_put_((targets, first[:, 0]), torch.ones_like(targets), accumulate=True)
+        self.sums += torch.stack([loss.float() * len(targets), (first == targets[:, None]).sum()])
+
+    def gather(self) -> "Score":
+        assert self.counts is not None, "a process without an image to evaluate"
+        self.confusion = self.runtime.sum(self.counts).cpu()
+        loss_sum, top5 = self.runtime.sum(self.sums).tolist()
+        self.num_images = int(self.confusion.sum())
+        self.loss = loss_sum / self.num_images
+        self.top1 = 100 * int(self.confusion.trace()) / self.num_images
+        self.top5 = 100 * top5 / self.num_images
+        return self
+
+    def __str__(self) -> str:
+        return f"top1 {self.top1:.3f}, top5 {self.top5:.3f}, loss {self.loss:.4f} on {self.num_images} images"

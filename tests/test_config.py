@@ -1,0 +1,245 @@
+"""Settings: their sources and order, and a clear line for everything that cannot be."""
+
+import re
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT, program
+
+from config import SETTINGS, ConfigError, resolve, seconds
+from train import run
+
+
+def file_with(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+# Of torchvision's references/classification/train.py: every flag with its default there.
+REFERENCE = {
+    "model": "resnet18", "batch-size": 32, "epochs": 90, "workers": 16, "opt": "sgd", "lr": 0.1, "momentum": 0.9, "weight-decay": 1e-4,
+    "norm-weight-decay": None, "bias-weight-decay": None, "transformer-embedding-decay": None, "label-smoothing": 0, "mixup-alpha": 0,
+    "cutmix-alpha": 0, "lr-scheduler": "steplr", "lr-warmup-epochs": 0, "lr-warmup-method": "constant", "lr-warmup-decay": 0.01,
+    "lr-step-size": 30, "lr-gamma": 0.1, "lr-min": 0, "print-freq": 10, "output-dir": ".", "resume": "", "start-epoch": 0,
+    "cache-dataset": False, "sync-bn": False, "test-only": False, "auto-augment": None, "ra-magnitude": 9, "augmix-severity": 3,
+    "random-erase": 0, "amp": False, "world-size": 1, "dist-url": "env://", "model-ema": False, "model-ema-steps": 32,
+    "model-ema-decay": 0.99998, "use-deterministic-algorithms": False, "interpolation": "bilinear", "val-resize-size": 256,
+    "val-crop-size": 224, "train-crop-size": 224, "clip-grad-norm": None, "ra-sampler": False, "ra-reps": 3, "weights": None,
+    "backend": "pil", "use-v2": False,
+}  # fmt: skip
+
+
+def test_every_flag_of_the_reference_has_its_default():
+    settings = resolve([]).as_dict()
+    assert {name: settings[name.replace("-", "_")] for name in REFERENCE} == REFERENCE
+    assert {"data_path", "device"} <= settings.keys()  # theirs: a folder of a cluster, and cuda
+
+
+def test_the_published_command_of_efficientnet_v2_s_is_accepted():
+    line = (
+        "--batch-size 128 --lr 0.5 --lr-scheduler cosineannealinglr --lr-warmup-epochs 5 --lr-warmup-method linear "
+        "--auto-augment ta_wide --epochs 600 --random-erase 0.1 --label-smoothing 0.1 --mixup-alpha 0.2 --cutmix-alpha 1.0 "
+        "--weight-decay 0.00002 --norm-weight-decay 0.0 --train-crop-size 300 --model-ema --val-crop-size 384 "
+        "--val-resize-size 384 --ra-sampler --ra-reps 4"
+    )
+    settings = resolve(["--model", "efficientnet_v2_s", *line.split()]).as_dict()
+    file = resolve(["--config", "configs/torchvision_s.yaml"]).as_dict()
+    assert {name for name in settings if settings[name] != file[name]} == {"config", "data_path", "output_dir"}
+
+
+def test_command_line_over_file_over_defaults_and_a_dashboard_over_all(tmp_path):
+    path = file_with(tmp_path, "lr: 0.3\nmomentum: 0.5\nepochs: 7\n")
+    config = resolve(["--config", path, "--lr", "0.2", "--epochs", "5"], {"epochs": 3})
+    assert (config.lr, config.momentum, config.epochs, config.weight_decay) == (0.2, 0.5, 3, 1e-4)
+
+
+def test_short_flags_and_negated_switches(tmp_path):
+    config = resolve(["--config", file_with(tmp_path, "amp: true\n"), "--no-amp", "-b", "7", "-j", "0", "--wd", "0.5"])
+    assert (config.amp, config.batch_size, config.workers, config.weight_decay) == (False, (7.0,), 0, 0.5)
+
+
+def test_what_is_written_down_reads_back_the_same(tmp_path):
+    flags = [
+        "--stages",
+        "3",
+        "--epochs",
+        "9",
+        "--dropout",
+        "0.1",
+        "0.3",
+        "--model",
+        "efficientnet_v2_s",
+        "--lr",
+        "1e-5",
+    ]
+    before = resolve([*flags, "--auto-augment", "ra", "--ra-magnitude", "1", "2", "3.5"])
+    kept = {name: value for name, value in before.as_dict().items() if name not in ("config", "plan")}
+    assert resolve(["--config", file_with(tmp_path, yaml.safe_dump(kept))]).as_dict() == {
+        **before.as_dict(),
+        "config": str(tmp_path / "mine.yaml"),
+    }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads_and_says_what_to_expect(path):
+    config = resolve(["--config", str(path)])
+    assert config.output_dir == f"runs/{path.stem}"
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert len(head) >= 2
+    assert "QUICKSTART" not in path.read_text()
+
+
+WRONG_YAML = [
+    ("dropuot: 0.1", "unknown setting dropuot; did you mean dropout?"),
+    ("lr: fast", "lr must be a number, got 'fast'"),
+    ("weight_decay: 1e-5", "weight_decay must be a number, got '1e-5' (YAML reads that as text; write 1.0e-5)"),
+    ("epochs: 2.5", "epochs must be a whole number, got 2.5"),
+    ("amp: 1", "amp must be true or false, got 1"),
+    ("lr: true", "lr must be a number, got True"),
+    ("lr: .nan", "lr must be a number, got nan"),
+    ("lr:", "lr must be a number, got nothing"),
+    ("batch_size: []", "batch_size needs at least one value"),
+    ("dropout: 1.0", "dropout must be in [0, 1), got 1"),
+    ("label_smoothing: -0.1", "label_smoothing must be in [0, 1], got -0.1"),
+    ("opt: adam", "opt must be one of sgd, sgd_nesterov, rmsprop, adamw, got 'adam'; did you mean adamw?"),
+    ("lr_scheduler: cosine", "did you mean cosineannealinglr?"),
+    ("auto_augment: randaugment", "auto_augment must be one of ra, ta_wide"),
+    ("model: efficientnet_v2_t", "unknown model 'efficientnet_v2_t'; nearest: efficientnet_v2_"),
+    ("model: !!python/object/apply:os.system [ls]", "is not plain YAML in line 1"),
+    ("- lr\n- 0.1", "must hold lines of `setting: value`"),
+    ("lr: [0.1", "is not plain YAML"),
+    ("config: other.yaml", "config belongs on the command line"),
+    ("1: 2", "unknown setting 1"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG_YAML, ids=[text for text, _ in WRONG_YAML])
+def test_wrong_yaml(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        resolve(["--config", file_with(tmp_path, text)])
+    assert "\n" not in str(caught.value)
+
+
+WRONG_FLAGS = [
+    ("--mixup 0.2", "unknown setting --mixup; did you mean --mixup-alpha?"),  # argparse would complete it
+    ("--droput 0.1", "did you mean --dropout?"),
+    ("--lr", "expected one argument"),
+    ("--lr fast", "lr must be a number, got 'fast'"),
+    ("file.yaml", "cannot make sense of 'file.yaml'"),
+    ("--config nowhere.yaml", "config: cannot read nowhere.yaml: No such file"),
+    ("--stages 4 --epochs 8 --train-crop-size 1 2 3", "train_crop_size takes one value, first and last, or one per stage (4); got 3 values"),
+    ("--train-crop-size 128 300", "train_crop_size takes one value (stages is 1); got 2 values"),
+    ("--stages 5 --epochs 4", "5 stages need at least 5 epochs, epochs is 4"),
+    ("--stages 2 --stage-epochs 1 2 3", "stage_epochs takes one value per stage (2); got 3"),
+    ("--stages 2 --stage-epochs 1 2 --epochs 4", "stage_epochs adds up to 3, epochs is 4"),
+    ("--stages 2 --stage-rule released", "stage_rule released goes from a first to a last train_crop_size"),
+    ("--stage-rule released", "stage_rule released has no effect with stages 1"),
+    ("--image-size-multiple 500", "rounds down to 0"),
+    ("--ra-magnitude 5", "ra_magnitude 5 has no effect with auto_augment unset; set auto_augment to ra"),
+    ("--auto-augment ra --ra-magnitude 31", "ra_magnitude 31 is above the end of ra_scale torchvision (30)"),
+    ("--augmix-severity 5", "augmix_severity 5 has no effect"),
+    ("--ra-reps 4", "ra_reps 4 has no effect with ra_sampler false"),
+    ("--model-ema-decay 0.9", "has no effect with model_ema false"),
+    ("--amp-dtype float16", "has no effect with amp false"),
+    ("--lr-warmup-method linear", "has no effect with lr_warmup_epochs 0"),
+    ("--opt adamw --momentum 0.8", "momentum 0.8 has no effect with opt adamw"),
+    ("--lr-min 0.01", "lr_min 0.01 has no effect with lr_scheduler steplr"),
+    ("--lr-warmup-epochs 90", "lr_warmup_epochs 90 is not below epochs 90"),
+    ("--start-epoch 90", "start_epoch 90 is not below epochs 90"),
+    ("--opt sgd_nesterov --momentum 0", "needs a momentum above 0"),
+    ("--val-crop-size 300", "val_crop_size 300 is larger than val_resize_size 256"),
+    ("--train-crop-scale 0.5 0.2", "train_crop_scale takes smallest and largest share"),
+    ("--train-crop-scale 0.5", "train_crop_scale takes smallest and largest share"),
+    ("--dataset digits --download", "download true has no effect with dataset digits"),
+    ("--dataset digits --train-split x", "train_split x has no effect with dataset digits"),
+    ("--backend tensor --interpolation bicubic --auto-augment ra", "backend tensor has no bicubic warps"),
+    ("--resume gone.pth", "resume: no file gone.pth"),
+    ("--resume auto --overwrite", "resume continues a run, overwrite starts again"),
+    ("--test-only", "test_only needs something to evaluate"),
+    ("--time-budget soon", "time_budget must be a time such as 90s, 25m or 1.5h, got 'soon'"),
+    ("--weights IMAGENET1K_V9", "is neither a file nor weights of resnet18"),
+    ("--seed -1", "seed must be in [0, 4294967295], got -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG_FLAGS, ids=[flags for flags, _ in WRONG_FLAGS])
+def test_wrong_flags(flags, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        resolve(flags.split())
+    assert "\n" not in str(caught.value)
+
+
+LATE = [  # found when the run starts, still before data is read
+    ("--device cuda:7", "device cuda:7 is not on this machine"),
+    ("--device tpu", "is no device"),
+    ("--dropout 0.2", "dropout 0.2 has no effect: ResNet has no Dropout layer"),
+    ("--stochastic-depth-prob 0.2", "has no effect: ResNet has no stochastic depth"),
+    ("--model vit_b_16 --train-crop-size 128", "cannot take images of 128 px"),
+    ("--world-size 4", "4, but 1 process(es) were started"),
+    ("--weights README.md", "is not a file of weights"),
+    ("--data-path nowhere", "no folder nowhere/train"),
+    ("--data-path nowhere --dataset imagenette", "holds no imagenette2; --download fetches it"),
+    ("--output-dir README.md", "is a file; give a folder"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), LATE, ids=[flags for flags, _ in LATE])
+def test_wrong_flags_end_with_one_line_and_status_2(capsys, tmp_path, flags, message):
+    if "--output-dir" not in flags:
+        flags += f" --output-dir {tmp_path}/run"
+    assert run(flags.split()) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and message in told and told.count("\n") == 1
+    assert not (tmp_path / "run").exists()  # nothing is left behind
+
+
+def test_a_later_source_that_switches_a_policy_off_takes_its_strength_along(tmp_path):
+    path = file_with(tmp_path, "auto_augment: ra\nra_magnitude: 5\nra_scale: paper\n")
+    config = resolve(["--config", path, "--auto-augment", "ta_wide"])
+    assert (config.auto_augment, config.ra_magnitude, config.ra_scale) == ("ta_wide", (9.0,), "torchvision")
+
+
+def test_epochs_follow_from_stage_epochs_unless_given():
+    assert resolve(["--stages", "2", "--stage-epochs", "3", "4"]).epochs == 7
+
+
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("25m", 1500), ("1.5h", 5400), ("30", 30)])
+def test_durations(text, expected):
+    assert seconds(text) == expected
+
+
+def test_help_names_every_setting_once():
+    done = program("--help")
+    assert done.returncode == 0
+    for name in SETTINGS:
+        assert f"--{name.replace('_', '-')}" in done.stdout
+    assert "SUPPRESS" not in done.stdout
+
+
+def test_a_mistake_in_a_process_of_its_own_is_one_line():
+    done = program("--config", "configs/quickstart.yaml", "--dropuot", "0.1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown setting --dropuot; did you mean --dropout?\n"
+
+
+def readme_commands():
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if "train.py" in line]
+
+
+def test_every_readme_command_parses():
+    commands = readme_commands()
+    assert len(commands) >= 8
+    for command in commands:
+        flags = command.split("train.py", 1)[1].split()
+        flags = [flag.replace("runs/imagenette_s/model_best.pth", "README.md") for flag in flags]
+        resolve([flag for flag in flags if flag not in ("&&",)])
+
+
+def test_make_targets_of_the_readme_exist():
+    readme = (ROOT / "README.md").read_text()
+    for target in set(re.findall(r"^make (\w+)", readme, re.M)):
+        assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target

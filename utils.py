@@ -1,0 +1,333 @@
+"""What a run needs and no paper names: random numbers by key, processes, precision, EMA, the wish to stop."""
+
+import copy
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from config import Config, ConfigError, seconds
+
+# ---- random numbers by key ----
+
+
+def key_to_seed(*key: int) -> int:
+    """64 well-mixed bits of whole numbers from 0: neighbouring keys give unrelated seeds."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def drawing_from(*key: int) -> Iterator[None]:
+    """Within, torch's CPU draws follow from `key` alone; afterwards they go on as if nothing had been drawn."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(key_to_seed(*key))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+# Keys end in what they are for, so that no two uses share a stream:
+# (seed, epoch, index, repeat, SAMPLE), (seed, epoch, step, rank, STEP or MIX), (seed, epoch, ORDER).
+SAMPLE, STEP, MIX, ORDER = range(1, 5)
+
+# ---- processes, device, precision ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where the run runs, decided once.
+
+    amp_dtype: of autocast, None for full precision
+    scaler: of gradients in float16, else does nothing
+    control: group of processes for small host-side messages, None with one process
+    """
+
+    device: torch.device
+    seed: int = 0
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    amp_dtype: torch.dtype | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """Rank 0 talks."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        precision = "full precision" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch.")
+        return f"{self.world_size} process(es) on {name}, {precision}"
+
+    def draw_from(self, epoch: int, step: int) -> None:
+        """Let what the model draws in a step (dropout, stochastic depth) follow from (seed, epoch, step, rank)."""
+        torch.manual_seed(key_to_seed(self.seed, epoch, step, self.rank, STEP))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def backward_and_step(
+        self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None
+    ) -> None:
+        """One update from `loss`; gradients are gone afterwards."""
+        self.scaler.scale(loss).backward()
+        if clip is not None:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, clip)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values`, added over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, wish: bool) -> bool:
+        """Whether any process has the wish. All must ask at the same point; the device is not involved."""
+        if self.world_size == 1:
+            return wish
+        flag = torch.tensor(int(wish))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(flag)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def release_memory(self) -> None:
+        """Give cached GPU memory back, and forget how much was used."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_memory_gib(self) -> float | None:
+        """Most memory the GPU held since the last call, GiB; None without a CUDA device."""
+        if self.device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+
+def start_runtime(config: Config) -> Runtime:
+    """Join the other processes, if a launcher started several, and take a device.
+
+    torchrun names rank and world size in the environment; srun names the rank, and `--world-size` and
+    `--dist-url` the rest.
+
+    Raises:
+        ConfigError: the device is not there; world_size contradicts the launcher.
+    """
+    env = os.environ
+    world_size, rank, local_rank = 1, 0, 0
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world_size, rank, local_rank = int(env["WORLD_SIZE"]), int(env["RANK"]), int(env.get("LOCAL_RANK", "0"))
+    elif "SLURM_PROCID" in env and config.world_size > 1:
+        if config.dist_url == "env://":
+            raise ConfigError("world_size above 1 under srun needs --dist-url tcp://HOST:PORT, the same on all")
+        world_size, rank, local_rank = config.world_size, int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", "0"))
+    if config.world_size not in (1, world_size):
+        raise ConfigError(
+            f"world_size {config.world_size}, but {world_size} process(es) were started; "
+            f"start them with torchrun --nproc-per-node {config.world_size} train.py and leave world_size out"
+        )
+    device = find_device(config.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if config.sync_bn and world_size > 1 and device.type != "cuda":
+        raise ConfigError(f"sync_bn works on CUDA GPUs, the device is {device.type}; leave it out")
+    control = None
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=config.dist_url, world_size=world_size, rank=rank)
+        control = dist.new_group(backend="gloo")
+    amp_dtype = find_amp_dtype(config.amp_dtype, device) if config.amp else None
+    if config.use_deterministic_algorithms:
+        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it in this mode
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not config.use_deterministic_algorithms
+    torch.manual_seed(key_to_seed(config.seed))
+    return Runtime(
+        device=device,
+        seed=config.seed,
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        amp_dtype=amp_dtype,
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
+        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
+        control=control,
+    )
+
+
+def find_device(name: str, local_rank: int) -> torch.device:
+    """The device called `name`; `auto` is cuda, then mps, then cpu.
+
+    Raises:
+        ConfigError: not a device, or not on this machine.
+    """
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    if name == "auto":
+        name = there[0]
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is no device; accepted here: auto, {', '.join(there)}") from error
+    if device.type == "cuda" and device.index is None and "cuda" in there:
+        device = torch.device("cuda", local_rank)
+    if device.type not in there or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
+        raise ConfigError(f"device {name} is not on this machine; accepted here: auto, {', '.join(there)}")
+    return device
+
+
+def find_amp_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 unless asked otherwise or the GPU is too old for it (before Ampere)."""
+    native = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "bfloat16" and not native:
+        raise ConfigError(
+            f"amp_dtype bfloat16: {torch.cuda.get_device_name(device)} computes in float16 only; use amp_dtype float16"
+        )
+    return torch.bfloat16 if native and name != "float16" else torch.float16
+
+
+def share_buffers(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """`model`, in every process with rank 0's buffers (batch-norm statistics, which each process gathers
+    alone), so that all evaluate what is saved."""
+    if runtime.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+    return model
+
+
+def share_weights(state: dict[str, Tensor] | None, model: nn.Module, runtime: Runtime) -> nn.Module:
+    """A copy of `model` with the weights that rank 0 brings as `state`."""
+    model = copy.deepcopy(model)
+    if state is not None:
+        model.load_state_dict(state)
+    if runtime.world_size > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+    return model
+
+
+# ---- EMA ----
+
+
+class EMA:
+    """Exponential moving average of a model's weights and floating-point buffers, on its device.
+
+    steps: updates are this many steps apart
+
+    Source: torchvision's reference (ExponentialMovingAverage over torch's AveragedModel): the first update
+    copies, and so does every update during warm-up. Not AveragedModel itself, which keeps its count on the
+    device and waits for it at each update.
+    """
+
+    def __init__(self, model: nn.Module, config: Config):
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.steps = config.model_ema_steps
+        self.config = config
+        self.num_updates = 0
+        self.decay = config.model_ema_decay
+        self.restart = False
+
+    def begin_epoch(self, epoch: int, images_per_step: int) -> None:
+        """Take the decay of this epoch's steps. Weights from the warm-up are forgotten."""
+        config = self.config
+        self.decay = ema_decay(config.model_ema_decay, images_per_step, config.model_ema_steps, config.epochs)
+        self.restart = epoch < config.lr_warmup_epochs
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """average = decay * average + (1 - decay) * model; a copy the first time, and during warm-up."""
+        ours, theirs = self.module.state_dict(), model.state_dict()
+        averaged = [name for name, value in ours.items() if value.is_floating_point()]
+        share = 1.0 if self.restart or self.num_updates == 0 else 1.0 - self.decay
+        torch._foreach_lerp_([ours[name] for name in averaged], [theirs[name] for name in averaged], share)
+        for name in ours.keys() - set(averaged):  # counters of batches
+            ours[name].copy_(theirs[name])
+        self.num_updates = 0 if self.restart else self.num_updates + 1
+
+
+def ema_decay(model_ema_decay: float, images_per_step: int, steps: int, epochs: int) -> float:
+    """Decay per update, from the reference's per-image setting: 1 - decay grows with the images between
+    two updates and shrinks with the length of the run. Worked out anew for each stage's batch size, so
+    that the average reaches back over the same number of images in all.
+
+    Source: torchvision references/classification, train.py (its comment derives the rule).
+    """
+    return 1.0 - min(1.0, (1.0 - model_ema_decay) * images_per_step * steps / epochs)
+
+
+# ---- the wish to stop ----
+
+
+class Stop:
+    """Whether training should end early: SIGINT, SIGTERM, or a time budget spent, counted from here.
+
+    Used as a context; calling it with the number of a step asks. All processes get the same answer, at
+    the same step: with several of them it is agreed upon every few steps.
+    """
+
+    AGREE_EVERY = 8  # steps; an exchange between hosts takes about a tenth of a millisecond
+
+    def __init__(self, runtime: Runtime, time_budget: str | None = None):
+        self.runtime = runtime
+        self.deadline = None if time_budget is None else time.monotonic() + seconds(time_budget)
+        self.signal: int | None = None
+        self.agreed = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self.on_signal)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once, without saving
+        self.signal = number
+        if self.runtime.is_main:  # os.write: printing is not safe inside a handler
+            os.write(2, b"\nstopping after this step, the run will be saved; Ctrl-C again ends it at once\n")
+
+    def __call__(self, step: int = 0) -> bool:
+        if (not self.agreed and step % self.AGREE_EVERY == 0) or self.runtime.world_size == 1:
+            late = self.deadline is not None and time.monotonic() >= self.deadline
+            self.agreed = self.runtime.any(late or self.signal is not None)
+        return self.agreed
+
+    @property
+    def reason(self) -> str:
+        return f"signal {signal.Signals(self.signal).name}" if self.signal is not None else "time budget spent"
