@@ -71,6 +71,8 @@ def find_checkpoint(config: Config, runtime: Runtime) -> dict[str, Any] | None:
     if not config.resume or (
         config.resume == "auto" and not os.path.exists(own) and not os.path.exists(previous_checkpoint(own))
     ):
+        if config.test_only and not config.weights:
+            raise ConfigError(f"resume: no run in {config.output_dir} to evaluate")
         return None
     if config.resume == "auto":
         try:
@@ -83,6 +85,11 @@ def find_checkpoint(config: Config, runtime: Runtime) -> dict[str, Any] | None:
     now, then, state = config.as_dict(), checkpoint["config"], checkpoint["state"]
     differing = [name for name in now if name not in LAUNCH + PLACE and now[name] != then.get(name)]
     listed = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in differing)
+    for name in ("model", "opt"):
+        if now[name] != then[name] and not (config.test_only and name == "opt"):
+            raise ConfigError(
+                f"resume: the checkpoint has {name} {then[name]}, not {now[name]}; to start from its weights use --weights"
+            )
     if config.test_only:
         return checkpoint
     if config.resume == "auto":
@@ -109,6 +116,18 @@ def find_checkpoint(config: Config, runtime: Runtime) -> dict[str, Any] | None:
             )
         state.update(best_top1=-1.0, best_epoch=-1)  # its best weights lie in another folder
     return checkpoint
+
+
+def check_data(checkpoint: dict[str, Any], classes: list[str], num_images: int) -> None:
+    """Raise ConfigError unless the data set is the one the checkpoint was trained on, as far as it is known."""
+    if checkpoint["classes"] != classes:
+        raise ConfigError(
+            f"resume: the checkpoint has {len(checkpoint['classes'])} classes, the data {len(classes)}, or with other names"
+        )
+    if checkpoint["num_images"] != num_images and checkpoint["state"]["step"]:
+        raise ConfigError(
+            f"resume: stopped inside an epoch of {checkpoint['num_images']} training images, now there are {num_images}"
+        )
 
 
 @contextmanager

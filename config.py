@@ -6,7 +6,6 @@ dashboard. The result is checked once, after the last of these, before any data 
 
 import argparse
 import difflib
-import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -80,14 +79,14 @@ class Config:
     # Stages
     stages: int = setting(1, "stages of progressive learning; 1 trains as the reference does", kind="int", group="stages", interval="[1, 1000]")
     stage_rule: str = setting("paper", "image size of stage i of M, from S0 to Se: paper S0+(Se-S0)*i/(M-1), released code S0+(Se-S0)*(i+1)/M", kind="str", group="stages", choices=("paper", "released"))
-    stage_epochs: tuple[int, ...] | None = setting(None, "epochs of each stage; unset: stage i is epochs i*N//M up to (i+1)*N//M", kind="ints", group="stages", interval="[1, inf)", optional=True)
+    stage_epochs: tuple[int, ...] | None = setting(None, "epochs of each stage; unset: stage i is epochs i*N//M up to (i+1)*N//M", kind="ints", group="stages", interval="[1, 1000000000]", optional=True)
     train_crop_size: tuple[float, ...] = setting((224.0,), "side of the training crop, pixels; rounded down", kind="floats", group="stages", interval="[1, 8192]", scheduled=True)
     image_size_multiple: int = setting(1, "round training sizes down to a multiple of this", kind="int", group="stages", interval="[1, 512]")
 
     # Training
-    epochs: int = setting(90, "passes over the training images, all stages together", kind="int", group="training", interval="[1, inf)")
-    start_epoch: int = setting(0, "first epoch to train, counted from 0; a resumed run knows its own", kind="int", group="training", interval="[0, inf)")
-    batch_size: tuple[float, ...] = setting((32.0,), "images per step and process", kind="floats", group="training", interval="[1, inf)", scheduled=True, flags=["-b"])
+    epochs: int = setting(90, "passes over the training images, all stages together", kind="int", group="training", interval="[1, 1000000000]")
+    start_epoch: int = setting(0, "first epoch to train, counted from 0; a resumed run knows its own", kind="int", group="training", interval="[0, 1000000000]")
+    batch_size: tuple[float, ...] = setting((32.0,), "images per step and process", kind="floats", group="training", interval="[1, 1000000000]", scheduled=True, flags=["-b"])
     opt: str = setting("sgd", "optimizer", kind="str", group="training", choices=("sgd", "sgd_nesterov", "rmsprop", "adamw"))
     lr: float = setting(0.1, "learning rate after warm-up", kind="float", group="training", interval="(0, inf)")
     momentum: float = setting(0.9, "of sgd and rmsprop", kind="float", group="training", interval="[0, 1)")
@@ -99,14 +98,14 @@ class Config:
     clip_grad_norm: float | None = setting(None, "scale gradients down to at most this norm", kind="float", group="training", interval="(0, inf)", optional=True)
     lr_scheduler: str = setting("steplr", "how the learning rate falls after warm-up", kind="str", group="training", choices=("steplr", "cosineannealinglr", "exponentiallr"))
     lr_update: str = setting("epoch", "follow the schedule once per epoch, as the reference, or at every step", kind="str", group="training", choices=("epoch", "step"))
-    lr_warmup_epochs: int = setting(0, "epochs of warm-up", kind="int", group="training", interval="[0, inf)")
+    lr_warmup_epochs: int = setting(0, "epochs of warm-up", kind="int", group="training", interval="[0, 1000000000]")
     lr_warmup_method: str = setting("constant", "warm-up", kind="str", group="training", choices=("linear", "constant"))
     lr_warmup_decay: float = setting(0.01, "warm-up starts at this share of lr", kind="float", group="training", interval="[0, 1]")
-    lr_step_size: int = setting(30, "epochs from one fall to the next (steplr)", kind="int", group="training", interval="[1, inf)")
+    lr_step_size: int = setting(30, "epochs from one fall to the next (steplr)", kind="int", group="training", interval="[1, 1000000000]")
     lr_gamma: float = setting(0.1, "factor of each fall: per lr_step_size epochs (steplr), per epoch (exponentiallr)", kind="float", group="training", interval="(0, 1]")
     lr_min: float = setting(0.0, "where the cosine ends (cosineannealinglr)", kind="float", group="training", interval="[0, inf)")
     model_ema: bool = setting(False, "keep and evaluate an exponential moving average of the weights", kind="bool", group="training")
-    model_ema_steps: int = setting(32, "steps from one update of the average to the next", kind="int", group="training", interval="[1, inf)")
+    model_ema_steps: int = setting(32, "steps from one update of the average to the next", kind="int", group="training", interval="[1, 1000000000]")
     model_ema_decay: float = setting(0.99998, "decay as the reference means it: 1 - decay is scaled by images per update over epochs", kind="float", group="training", interval="[0, 1)")
 
     # Augmentation
@@ -128,7 +127,7 @@ class Config:
     # Evaluation
     val_resize_size: int = setting(256, "short side before the centre crop, pixels", kind="int", group="evaluation", interval="[1, 8192]")
     val_crop_size: int = setting(224, "side of the centre crop, pixels: the test size", kind="int", group="evaluation", interval="[1, 8192]")
-    eval_every: int = setting(1, "epochs from one evaluation to the next; the last epoch is always evaluated", kind="int", group="evaluation", interval="[1, inf)")
+    eval_every: int = setting(1, "epochs from one evaluation to the next; the last epoch is always evaluated", kind="int", group="evaluation", interval="[1, 1000000000]")
     test_only: bool = setting(False, "evaluate --weights or --resume and stop; writes nothing", kind="bool", group="evaluation")
 
     # The machine
@@ -139,7 +138,7 @@ class Config:
     compile: bool = setting(False, "torch.compile; compiles once per stage, outside the clock", kind="bool", group="machine")
     seed: int = setting(0, "every random choice follows from it", kind="int", group="machine", interval="[0, 4294967295]")
     use_deterministic_algorithms: bool = setting(False, "the same bits on a GPU too, slower", kind="bool", group="machine")
-    world_size: int = setting(1, "processes; torchrun says it, only a launch by srun needs it here", kind="int", group="machine", interval="[1, inf)")
+    world_size: int = setting(1, "processes; torchrun says it, only a launch by srun needs it here", kind="int", group="machine", interval="[1, 1000000000]")
     dist_url: str = setting("env://", "where processes meet, for a launch by srun: tcp://HOST:PORT", kind="str", group="machine")
 
     # The run
@@ -148,7 +147,7 @@ class Config:
     resume: str = setting("", "auto: continue the run in output_dir, if there is one; or a checkpoint file", kind="str", group="run")
     overwrite: bool = setting(False, "start again in a folder that holds a run", kind="bool", group="run")
     time_budget: str | None = setting(None, "stop after this long (90s, 25m, 1.5h), saved; exit status 3", kind="str", group="run", optional=True)
-    print_freq: int = setting(10, "steps between lines of progress", kind="int", group="run", interval="[1, inf)")
+    print_freq: int = setting(10, "steps between lines of progress", kind="int", group="run", interval="[1, 1000000000]")
     plan: str | None = setting(None, "print the stages and their cost, train nothing; `json` for machines", kind="str", group="run", choices=("table", "json"), optional=True)
     # fmt: on
 
@@ -163,7 +162,7 @@ DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Config)}
 SCHEDULED = tuple(name for name, row in SETTINGS.items() if row["scheduled"])
 
 # How a run is started, not what it computes: left out of its config.yaml, free to differ on resume.
-LAUNCH = ("config", "download", "overwrite", "plan", "resume", "start_epoch", "test_only", "time_budget")
+LAUNCH = ("config", "download", "overwrite", "plan", "resume", "test_only", "time_budget")
 # Where and how it runs: written down, and free to differ on resume.
 PLACE = ("cache_dataset", "data_path", "device", "dist_url", "output_dir", "print_freq", "workers", "world_size")
 
@@ -201,7 +200,7 @@ def resolve(argv: Sequence[str], overrides: Mapping[str, Any] | None = None) -> 
     own = os.path.join(command_line.get("output_dir", DEFAULTS["output_dir"]), "config.yaml")
     if path is None and command_line.get("resume") == "auto" and os.path.isfile(own):
         path = own  # a run is continued with the settings it has, no need to repeat them
-    sources = [(path, read_yaml(path)) if path else ("", {}), ("command line", command_line)]
+    sources = [(path, read_yaml(path)) if path is not None else ("", {}), ("command line", command_line)]
     sources.append(("dashboard", convert_all(overrides or {}, "")))
     values, level = dict(DEFAULTS), dict.fromkeys(DEFAULTS, -1)
     for i, (_, given) in enumerate(sources):
@@ -275,8 +274,6 @@ def check(config: Config) -> None:
         )
     if config.start_epoch >= config.epochs:
         raise ConfigError(f"start_epoch {config.start_epoch} is not below epochs {config.epochs}")
-    if config.lr_warmup_epochs >= config.epochs:
-        raise ConfigError(f"lr_warmup_epochs {config.lr_warmup_epochs} is not below epochs {config.epochs}")
     if config.lr_scheduler == "cosineannealinglr" and config.lr_min > config.lr:
         raise ConfigError(f"lr_min {config.lr_min} is above lr {config.lr}")
     if config.opt == "sgd_nesterov" and config.momentum == 0:
@@ -355,6 +352,8 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
             raise wrong
         return value
     if kind == "str":
+        if name == "time_budget" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)  # seconds, which YAML reads as a number
         if not isinstance(value, str):
             raise wrong
         if row["choices"] is None:
@@ -374,8 +373,12 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
         raise wrong
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong
-    if not math.isfinite(value) or (kind == "int" and value != int(value)):
-        raise wrong
+    if abs(value) > 1e300 or value != value or (kind == "int" and value != int(value)):  # no inf, no nan
+        raise (
+            ConfigError(f"{where}{name} must be {describe(row)} of usual size, got {str(value)[:20]}")
+            if abs(value) > 1e300
+            else wrong
+        )
     if not within(value, row["interval"]):
         raise ConfigError(f"{where}{name} must be in {row['interval']}, got {value:g}")
     return int(value) if kind == "int" else float(value)
@@ -414,6 +417,17 @@ def show(value: Any) -> str:
 # ---- YAML ----
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML's safe types alone, and no key twice: the second would silently win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """The settings in file `path`, converted; keys that no setting has are refused.
 
@@ -422,15 +436,16 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = yaml.load(file, UniqueKeys)
     except OSError as error:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config: {path} is not a text file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"config: {path} is not plain YAML{line}: {getattr(error, 'problem', error)}") from error
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"config: {path} is not plain YAML{line}: {reason}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

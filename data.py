@@ -82,8 +82,9 @@ class ImageTree:
         try:
             with Image.open(path) as image:
                 return to_rgb(image), target
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's on damaged files
-            raise RuntimeError(f"{path} cannot be read as an image: {error}") from error
+        except Exception as error:  # what PIL raises on a damaged file varies with the damage
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"{path} cannot be read as an image: {reason}; mend or remove it") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -98,29 +99,32 @@ def list_path(root: str) -> str:
     return os.path.join(torch.hub.get_dir(), "imagefolder", f"{name}.json")
 
 
-def folder_times(root: str, folders: Sequence[str]) -> list[int]:
-    return [os.stat(os.path.join(root, folder)).st_mtime_ns for folder in folders]
-
-
-def read_list(root: str, folders: Sequence[str]) -> list[tuple[str, int]] | None:
-    """The list kept for `root`, or None if there is none that fits its class folders as they are now."""
+def read_list(root: str, classes: Sequence[str]) -> list[tuple[str, int]] | None:
+    """The list kept for `root`, or None if there is none that fits its folders as they are now."""
     try:
         with open(list_path(root), encoding="utf-8") as file:
             kept = json.load(file)
-        if kept["folders"] == list(folders) and kept["times"] == folder_times(root, folders):
+        unchanged = all(os.stat(os.path.join(root, folder)).st_mtime_ns == time for folder, time in kept["folders"])
+        if unchanged and kept["classes"] == list(classes):
             return [(os.path.join(root, path), target) for path, target in kept["samples"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or damaged: listed anew
     return None
 
 
-def write_list(root: str, folders: Sequence[str], samples: Sequence[tuple[str, int]]) -> None:
-    path = list_path(root)
+def write_list(root: str, classes: Sequence[str], samples: Sequence[tuple[str, int]]) -> None:
+    """Keep the list, with the time of every folder below `root`: a new file changes its folder's."""
+    folders = [folder for folder, _, _ in os.walk(root)]
+    times = [(os.path.relpath(folder, root), os.stat(folder).st_mtime_ns) for folder in folders]
     relative = [(os.path.relpath(file, root), target) for file, target in samples]
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
-        json.dump({"folders": list(folders), "times": folder_times(root, folders), "samples": relative}, file)
-    os.replace(f"{path}.{os.getpid()}", path)
+    path = list_path(root)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
+            json.dump({"classes": list(classes), "folders": times, "samples": relative}, file)
+        os.replace(f"{path}.{os.getpid()}", path)
+    except OSError as error:
+        raise ConfigError(f"cache_dataset: cannot write {path}: {error.strerror}; leave it out") from error
 
 
 class Digits:
@@ -200,6 +204,8 @@ def load_data(config: Config, runtime: Runtime) -> Data:
         tree = fastai_tree(config, runtime)
         train_root, val_root = os.path.join(tree, "train"), os.path.join(tree, "val")
     data = Data(train=ImageTree(train_root, config.cache_dataset), val=ImageTree(val_root, config.cache_dataset))
+    if len(data.val) < runtime.world_size:
+        raise ConfigError(f"{val_root} has {len(data.val)} images, too few for {runtime.world_size} processes")
     if data.train.classes != data.val.classes:
         odd = sorted(set(data.train.classes) ^ set(data.val.classes))
         raise ConfigError(
@@ -384,7 +390,7 @@ class TrainLoader:
         close_loader(self.loader)
 
 
-def train_loader(config: Config, stage: Any, data: Data, runtime: Runtime) -> TrainLoader:
+def train_loader(config: Config, data: Data, runtime: Runtime, stage: Any) -> TrainLoader:
     """The loader of a stage (a `stages.Stage`)."""
     transform = train_preset(
         image_size=stage.image_size,

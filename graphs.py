@@ -26,6 +26,7 @@ plt.rcParams.update(
         "axes.spines.top": False,
         "axes.spines.right": False,
         "svg.fonttype": "none",
+        "text.parse_math": False,
         "svg.hashsalt": "same names in every drawing",
         "figure.autolayout": True,
     }

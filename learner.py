@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import to_cpu, undone
+from config import ConfigError
+from models import first_line
 from scores import Score
 from utils import EMA, Runtime
 
@@ -101,6 +103,9 @@ class Learner:
         device, memory_format = self.runtime.device, self.runtime.memory_format
         images = torch.randn(batch_size, 3, image_size, image_size, device=device).to(memory_format=memory_format)
         (net or self.net).train()
+        # At full scale float16 may overflow at once, and the optimizer, skipped, would not take its memory.
+        self.runtime.scaler.scale(torch.zeros((), device=device))
+        self.runtime.scaler.update(1.0)
         self.step(images, torch.zeros(batch_size, dtype=torch.long, device=device), net)
         self.runtime.synchronize()
 
@@ -130,8 +135,14 @@ class Learner:
 
     def load_state_dict(self, content: Mapping[str, Any]) -> RunState:
         """Take up where `content` was saved."""
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        settings = [{key: group[key] for key in group.keys() - {"params"}} for group in self.optimizer.param_groups]
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"resume: the checkpoint does not fit these settings: {first_line(error)}") from error
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)  # weight decay, momentum: of the settings given, as config.yaml says
         if content["scaler"]:
             self.runtime.scaler.load_state_dict(content["scaler"])
         if self.ema is not None:

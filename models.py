@@ -196,8 +196,10 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
         member = find_weights(name, weights)
         try:
             return member.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:  # URLError is one
-            raise ConfigError(f"weights {member} cannot be fetched: {error}; give a file instead") from error
+        except (OSError, RuntimeError) as error:  # no network; a download cut short
+            raise ConfigError(
+                f"weights {member} cannot be fetched: {first_line(error)}; give a file instead"
+            ) from error
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises on a stray file varies with the file
@@ -281,6 +283,10 @@ def set_stochastic_depth(model: nn.Module, p: float) -> None:
 # ---- arithmetic ----
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def gflops_per_image(model: nn.Module, image_sizes: Sequence[int]) -> list[float]:
     """Billions of multiply-adds of one image's forward pass at each size, as papers and torchvision
     count them (EfficientNetV2-S at 384: 8.37).
@@ -298,7 +304,7 @@ def gflops_per_image(model: nn.Module, image_sizes: Sequence[int]) -> list[float
                 try:
                     model(torch.empty(1, 3, size, size, device="meta"))
                 except (RuntimeError, AssertionError, ValueError) as error:
-                    reason = str(error).strip().splitlines()[0]
+                    reason = first_line(error)
                     raise ConfigError(f"{type(model).__name__} cannot take images of {size} px: {reason}") from error
             counts[size] = counter.get_total_flops() / 2 / 1e9  # it counts a multiply-add as two
     return [counts[size] for size in image_sizes]

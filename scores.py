@@ -35,7 +35,7 @@ class TrainingLoss:
         if self.bad_step >= 0:
             raise NonFiniteLoss(
                 f"the loss is not finite in {self.title}, step {int(self.bad_step)}; lower lr, warm up longer, or set "
-                "clip_grad_norm. The checkpoint of the epoch before is whole"
+                "clip_grad_norm. What was saved after the last whole epoch is not touched"
             )
         return float(self.sum) / max(self.num_images, 1)
 

@@ -16,7 +16,7 @@ from torch import nn
 from config import Config, ConfigError
 from data import TrainLoader
 from learner import Learner
-from models import build_on_meta, gflops_per_image, set_dropout, set_stochastic_depth
+from models import build_on_meta, first_line, gflops_per_image, set_dropout, set_stochastic_depth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +247,7 @@ def rehearse(stages: Sequence[Stage], learner: Learner, num_images: int) -> None
             try:
                 learner.rehearse(stage.image_size, batch_size, learner.eager)
             except (RuntimeError, AssertionError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 if is_out_of_memory(error):
                     raise ConfigError(
                         f"out of memory in {where}; lower batch_size for it (one value per stage is accepted) or "

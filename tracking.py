@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import graphs
-from checkpoint import save_checkpoint, write_safely
+from checkpoint import save_checkpoint, to_cpu, write_safely
 from config import LAUNCH, Config, ConfigError
 from learner import Learner, RunState
 from scores import Score, TrainingLoss
@@ -37,8 +37,13 @@ REPORT_EVERY = 60.0  # seconds; drawing the page takes one or two
 def check_folder(config: Config) -> None:
     """Raise ConfigError if output_dir holds a run that the settings would neither continue nor replace."""
     folder = config.output_dir
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise ConfigError(f"output_dir {folder} is a file; give a folder")
+    place = os.path.abspath(folder)
+    while not os.path.exists(place):  # the nearest that is there; the rest is made when training begins
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise ConfigError(f"output_dir {folder}: {place} is a file; give a folder")
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"output_dir {folder}: {place} cannot be written to; give another folder")
     held = [name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))]
     if held and not config.overwrite and config.resume != "auto":
         raise ConfigError(
@@ -51,10 +56,18 @@ class LocalLog:
     """The run's folder, written by rank 0: config.yaml, metrics.jsonl, summary.json, report.html, and what
     the report shows in `report/`. Every file is whole at any moment.
 
+    samples: a picture of augmented images for each stage to come, uint8 (3, H, W)
     records: the lines of metrics.jsonl, of earlier parts of a resumed run too
     """
 
-    def __init__(self, config: Config, classes: Sequence[str], plan: Mapping[str, Any], first_epoch: int):
+    def __init__(
+        self,
+        config: Config,
+        classes: Sequence[str],
+        plan: Mapping[str, Any],
+        samples: Mapping[int, Tensor],
+        first_epoch: int,
+    ):
         self.folder = config.output_dir
         self.classes = list(classes)
         self.records: list[dict[str, Any]] = []
@@ -69,8 +82,12 @@ class LocalLog:
             self.records = [record for record in graphs.read_metrics(self.folder) if record["epoch"] < first_epoch]
         self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
         settings = {name: value for name, value in config.as_dict().items() if name not in LAUNCH}
+        if config.resume not in ("", "auto"):
+            settings["resume"] = config.resume  # where the run started from is part of it
         self.write("config.yaml", yaml.safe_dump(settings, sort_keys=False))
         self.write("report/plan.json", json.dumps(dict(plan, classes=self.classes)))
+        for stage, grid in samples.items():
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.path(f"report/stage_{stage}.png"))
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -79,10 +96,6 @@ class LocalLog:
         with open(self.path(name) + ".tmp", "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(self.path(name) + ".tmp", self.path(name))
-
-    def samples(self, stage: int, grid: Tensor) -> None:
-        """A picture of a stage's augmented images, uint8 (3, H, W)."""
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.path(f"report/stage_{stage}.png"))
 
     def epoch(self, record: dict[str, Any]) -> None:
         """A line of metrics. A number that is not finite is a fault of the caller: JSON has none."""
@@ -98,7 +111,7 @@ class LocalLog:
 
     def save_best(self, model: nn.Module) -> None:
         """Weights alone, under torchvision's names."""
-        write_safely(self.path("model_best.pth"), model.state_dict())
+        write_safely(self.path("model_best.pth"), to_cpu(model.state_dict()))
 
     def load_best(self) -> dict[str, Tensor]:
         return torch.load(self.path("model_best.pth"), map_location="cpu", weights_only=True)

@@ -16,13 +16,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import find_checkpoint
+from checkpoint import check_data, find_checkpoint
 from config import Config, ConfigError, resolve
 from data import TrainLoader, close_loader, eval_loader, load_data, sample_grid, train_loader
 from learner import Learner, RunState
@@ -41,7 +42,8 @@ def main(config: Config) -> int:
     stop = Stop(runtime, config.time_budget)
     stages = plan_stages(config)
     plan = describe_plan(config, stages)
-    check_folder(config)
+    if not config.test_only:  # which writes nothing
+        check_folder(config)
     checkpoint = find_checkpoint(config, runtime)
     weights = read_weights(config.model, config.weights) if config.weights else None
 
@@ -60,7 +62,10 @@ def main(config: Config) -> int:
         clip_grad_norm=config.clip_grad_norm,
         compiled=config.compile,
     )
-    state = RunState(epoch=config.start_epoch) if checkpoint is None else learner.load_state_dict(checkpoint)
+    state = RunState(epoch=config.start_epoch)
+    if checkpoint is not None:
+        check_data(checkpoint, data.classes, len(data.train))
+        state = learner.load_state_dict(checkpoint)
     val_loader = eval_loader(config, data, runtime, config.val_crop_size)
     runtime.say(f"{loaded}\n{data}\n{runtime}")
     if config.test_only:
@@ -68,21 +73,21 @@ def main(config: Config) -> int:
             runtime.say(f"{name}: {score}")
         return 0
 
-    # One step of every stage to come, undone: what does not fit shows now, not in hours
+    # One step and a few images of every stage to come: what does not fit or cannot be read shows now, not in hours
     ahead = [stage for stage in stages if stage.epochs.stop > state.epoch]
-    scheduler = StageScheduler(lambda stage: train_loader(config, stage, data, runtime), learner.copies.values())
+    make_loader = partial(train_loader, config, data, runtime)
     rehearse(ahead, learner, len(data.train))
+    samples = {stage.index: sample_grid(make_loader(stage), stage.epochs.start) for stage in ahead}
     runtime.say(format_plan(plan))
-    log = LocalLog(config, data.classes, plan, state.epoch) if runtime.is_main else None
+    log = LocalLog(config, data.classes, plan, samples, state.epoch) if runtime.is_main else None
     learning_rate = learning_rate_schedule(config)
+    scheduler = StageScheduler(make_loader, learner.copies.values())
 
     # Algorithm 1: the stages and their epochs; weights, optimizer, schedule and EMA carry on
     with stop:
         for stage in ahead:
             loader = scheduler.enter(stage)
             learner.enter_stage(stage.image_size, loader.batch_sizes)
-            if log is not None:
-                log.samples(stage.index, sample_grid(loader, stage.epochs.start))
             for epoch in stage.epochs:
                 if epoch < state.epoch:
                     continue  # trained before the resume
@@ -102,7 +107,8 @@ def main(config: Config) -> int:
                     state.next_epoch()
                 if log is not None:
                     log.save_checkpoint(
-                        learner.state_dict(state) | {"config": config.as_dict(), "classes": data.classes}
+                        learner.state_dict(state)
+                        | {"config": config.as_dict(), "classes": data.classes, "num_images": len(data.train)}
                     )
                 if not finished or (stop() and state.epoch < config.epochs):
                     scheduler.close()
@@ -206,10 +212,13 @@ def run(argv: Sequence[str]) -> int:
             return main(config)
         stages = plan_stages(config)
         plan = describe_plan(config, stages)
-        print(json.dumps(plan, indent=2) if config.plan == "json" else format_plan(plan))
+        if not who:
+            print(json.dumps(plan, indent=2) if config.plan == "json" else format_plan(plan))
         return 0
     except ConfigError as error:
-        print(f"{who}error: {error}", file=sys.stderr)
+        # The last line: an error of a loader's worker comes wrapped in that worker's traceback.
+        line = str(error).strip().splitlines()[-1].removeprefix("config.ConfigError: ")
+        print(f"{who}error: {line}", file=sys.stderr)
         return 2
     except NonFiniteLoss as error:
         print(f"{who}error: {error}", file=sys.stderr)

@@ -203,6 +203,11 @@ def find_device(name: str, local_rank: int) -> torch.device:
         raise ConfigError(f"device {name!r} is no device; accepted here: auto, {', '.join(there)}") from error
     if device.type == "cuda" and device.index is None and "cuda" in there:
         device = torch.device("cuda", local_rank)
+    if device.type == "cuda" and "cuda" in there and device.index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {device}: this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0; start no "
+            "more processes on it than that"
+        )
     if device.type not in there or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
         raise ConfigError(f"device {name} is not on this machine; accepted here: auto, {', '.join(there)}")
     return device
@@ -258,6 +263,8 @@ class EMA:
         self.num_updates = 0
         self.decay = config.model_ema_decay
         self.restart = False
+        self.averaged: tuple = ()
+        self.copied: tuple = ()
 
     def begin_epoch(self, epoch: int, images_per_step: int) -> None:
         """Take the decay of this epoch's steps. Weights from the warm-up are forgotten."""
@@ -268,12 +275,16 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """average = decay * average + (1 - decay) * model; a copy the first time, and during warm-up."""
-        ours, theirs = self.module.state_dict(), model.state_dict()
-        averaged = [name for name, value in ours.items() if value.is_floating_point()]
+        if not self.averaged:  # once: loading and training change these tensors in place
+            ours, theirs = self.module.state_dict(), model.state_dict()
+            floating = [name for name, value in ours.items() if value.is_floating_point()]
+            rest = [name for name in ours if name not in floating]  # counters of batches
+            self.averaged = [ours[name] for name in floating], [theirs[name] for name in floating]
+            self.copied = [ours[name] for name in rest], [theirs[name] for name in rest]
         share = 1.0 if self.restart or self.num_updates == 0 else 1.0 - self.decay
-        torch._foreach_lerp_([ours[name] for name in averaged], [theirs[name] for name in averaged], share)
-        for name in ours.keys() - set(averaged):  # counters of batches
-            ours[name].copy_(theirs[name])
+        torch._foreach_lerp_(*self.averaged, share)
+        if self.copied[0]:
+            torch._foreach_copy_(*self.copied)
         self.num_updates = 0 if self.restart else self.num_updates + 1
 
 

@@ -112,10 +112,15 @@ WRONG_YAML = [
     ("lr: [0.1", "is not plain YAML"),
     ("config: other.yaml", "config belongs on the command line"),
     ("1: 2", "unknown setting 1"),
+    ("lr: 0.1\nlr: 0.2", "lr stands there twice"),
+    ("lr: \0", "is not plain YAML"),
+    ("epochs: 1" + 400 * "0", "epochs must be a whole number of usual size"),
+    ("epochs: 10000000000", "epochs must be in [1, 1000000000]"),
+    ("a: " + 3000 * "[", "is not plain YAML"),
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), WRONG_YAML, ids=[text for text, _ in WRONG_YAML])
+@pytest.mark.parametrize(("text", "message"), WRONG_YAML, ids=[text[:30].strip("\0") for text, _ in WRONG_YAML])
 def test_wrong_yaml(tmp_path, text, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         resolve(["--config", file_with(tmp_path, text)])
@@ -146,7 +151,6 @@ WRONG_FLAGS = [
     ("--lr-warmup-method linear", "has no effect with lr_warmup_epochs 0"),
     ("--opt adamw --momentum 0.8", "momentum 0.8 has no effect with opt adamw"),
     ("--lr-min 0.01", "lr_min 0.01 has no effect with lr_scheduler steplr"),
-    ("--lr-warmup-epochs 90", "lr_warmup_epochs 90 is not below epochs 90"),
     ("--start-epoch 90", "start_epoch 90 is not below epochs 90"),
     ("--opt sgd_nesterov --momentum 0", "needs a momentum above 0"),
     ("--val-crop-size 300", "val_crop_size 300 is larger than val_resize_size 256"),

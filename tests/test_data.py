@@ -192,7 +192,7 @@ def test_a_damaged_image_is_named(tmp_path, ending, damage):
     tree = folder_with(tmp_path, Image.fromarray(pixels), f"broken.{ending}")
     path = tmp_path / "a" / f"broken.{ending}"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(RuntimeError, match=rf"a.broken\.{ending} cannot be read as an image"):
+    with pytest.raises(ConfigError, match=rf"a.broken\.{ending} cannot be read as an image"):
         tree[0]
 
 
@@ -202,7 +202,7 @@ def test_an_image_file_that_claims_to_be_huge_is_named(tmp_path):
     whole = bytearray(path.read_bytes())
     whole[18:26] = (60_000).to_bytes(4, "little") * 2  # width and height
     path.write_bytes(whole)
-    with pytest.raises(RuntimeError, match=r"huge\.bmp cannot be read as an image"):
+    with pytest.raises(ConfigError, match=r"huge\.bmp cannot be read as an image"):
         tree[0]
 
 
@@ -470,7 +470,7 @@ def test_a_damaged_image_in_a_worker_is_named(tree):
     (tree / "train" / "ant" / "0.png").write_bytes(b"no image")
     images = ImageTree(str(tree / "train"))
     one = TrainLoader(images, train_preset(image_size=8), DrawSampler(24, 24, 0), CPU, workers=1)
-    with pytest.raises(RuntimeError, match=r"0\.png cannot be read as an image"):
+    with pytest.raises(ConfigError, match=r"0\.png cannot be read as an image"):
         loaded(one, epoch=0)
 
 
@@ -480,7 +480,7 @@ def test_the_loader_of_a_stage_has_its_size_batch_and_mix(tree):
         "--mixup-alpha", "0", "1", "--workers", "0", "--ra-sampler", "--ra-reps", "2",
     ])  # fmt: skip
     whole = load_data(config, CPU)
-    first, second = (train_loader(config, stage, whole, CPU) for stage in plan_stages(config))
+    first, second = (train_loader(config, whole, CPU, stage) for stage in plan_stages(config))
     _, images, targets = next(first.epoch(0))
     assert images.shape == (4, 3, 16, 16) and targets.dtype == torch.int64
     _, images, targets = next(second.epoch(1))

@@ -200,6 +200,37 @@ def test_a_mistake_costs_an_overwritten_run_nothing(tree, tmp_path, monkeypatch)
     assert (out / "summary.json").exists() and len(metrics(out)) == 1
 
 
+def test_an_image_that_cannot_be_read_is_named_and_costs_an_overwritten_run_nothing(tree, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert start(tree, out, "--epochs", "1") == 0
+    for path in (tree / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    capsys.readouterr()
+    assert start(tree, out, "--epochs", "1", "--overwrite", "--workers", "2") == 2
+    told = capsys.readouterr().err
+    assert ".png cannot be read as an image" in told and told.count("\n") == 1
+    assert (out / "summary.json").exists() and len(metrics(out)) == 1
+
+
+def test_an_unreadable_image_of_validation_is_named_in_one_line_from_a_worker_too(tree, tmp_path, capsys):
+    (tree / "val" / "bee" / "4.png").write_bytes(b"no image")
+    assert start(tree, tmp_path / "run", "--epochs", "1", "--workers", "1") == 2
+    told = capsys.readouterr().err
+    assert "bee/4.png cannot be read as an image" in told and told.count("\n") == 1
+
+
+def test_a_run_can_be_evaluated_in_its_own_folder(two_stages, capsys):
+    folder, tree, flags = two_stages
+    sizes = flags[flags.index("--val-resize-size") : flags.index("--dropout")]
+    test = ["--model", "mobilenet_v3_small", "--test-only", *sizes]
+    assert start(tree, folder, *test, "--weights", folder / "model_best.pth") == 0
+    capsys.readouterr()
+    assert start(tree, folder, *test, "--resume", "auto") == 0
+    assert f"top1 {metrics(folder)[-1]['top1']:.3f}" in capsys.readouterr().out
+    assert start(tree, folder.parent / "nothing", *test, "--resume", "auto") == 2
+    assert "to evaluate" in capsys.readouterr().err
+
+
 def test_evaluation_every_third_epoch_and_after_the_last(tree, tmp_path):
     assert start(tree, tmp_path / "run", "--epochs", "4", "--eval-every", "3") == 0
     assert [record["top1"] is not None for record in metrics(tmp_path / "run")] == [False, False, True, True]
@@ -287,6 +318,33 @@ def test_another_run_may_start_from_a_checkpoint_and_says_what_differs(tree, tmp
     assert start(tree, tmp_path / "two", *again, "--epochs", "2") == 0
     assert "lr 0.01 -> 0.001" in capsys.readouterr().out
     assert [record["epoch"] for record in metrics(tmp_path / "two")] == [1]
+
+
+def test_settings_given_on_resume_take_effect_and_others_are_refused(tree, tmp_path, capsys):
+    assert start(tree, tmp_path / "one", "--epochs", "1", "--weight-decay", "0.1") == 0
+    again = ["--epochs", "2", "--resume", tmp_path / "one" / "checkpoint.pth"]
+    assert start(tree, tmp_path / "two", *again, "--weight-decay", "0.3", "--momentum", "0.5") == 0
+    (group,) = checkpoint(tmp_path / "two")["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0.3, 0.5)
+    assert checkpoint(tmp_path / "two")["config"]["weight_decay"] == 0.3
+    for flags, message in (
+        (["--opt", "adamw"], "the checkpoint has opt sgd, not adamw"),
+        (["--norm-weight-decay", "0"], "the checkpoint does not fit these settings"),
+        (["--model", "resnet18"], "the checkpoint has model efficientnet_v2_tiny, not resnet18"),
+    ):
+        capsys.readouterr()
+        assert start(tree, tmp_path / "three", *again, *flags) == 2
+        told = capsys.readouterr().err
+        assert message in told and told.count("\n") == 1
+    other = make_tree(tmp_path / "other", classes=("ant", "bee", "wasp"))
+    assert start(other, tmp_path / "three", *again) == 2
+    assert "the checkpoint has 2 classes, the data 3" in capsys.readouterr().err
+
+
+def test_a_warm_up_longer_than_the_run_is_the_run(tree, tmp_path):
+    flags = ["--epochs", "2", "--lr-warmup-epochs", "5", "--lr-warmup-method", "linear", "--lr-warmup-decay", "0.5"]
+    assert start(tree, tmp_path / "run", *flags, "--lr-scheduler", "cosineannealinglr") == 0
+    assert [record["lr"] for record in metrics(tmp_path / "run")] == pytest.approx([0.005, 0.006])
 
 
 def test_sigterm_and_sigint_save_and_end_with_3(tree, tmp_path):
@@ -518,8 +576,9 @@ def test_workers_of_a_stage_are_gone_when_the_next_begins(tree, tmp_path, monkey
         )
         == 0
     )
-    # Validation, three stages (two workers of validation stay for later), then the closing evaluation.
-    assert counts[0] == 0 and counts[1] == 0 and set(counts[2:4]) == {2} and set(counts[4:]) == {0}
+    # Validation and the pictures of three stages start no workers. Then three stages, beside the two workers of
+    # validation, and the closing evaluation.
+    assert set(counts[:5]) == {0} and counts[5:7] == [2, 2] and set(counts[7:]) == {0}
     assert multiprocessing.active_children() == []
 
 

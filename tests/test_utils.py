@@ -298,7 +298,7 @@ def test_devices_of_a_machine_with_two_gpus(two_gpus, name, local_rank, device):
 
 
 def test_more_processes_than_gpus_is_an_error(two_gpus):
-    with pytest.raises(ConfigError, match="is not on this machine"):
+    with pytest.raises(ConfigError, match="this machine has 2 CUDA device"):
         find_device("auto", 2)
 
 
