@@ -341,7 +341,7 @@ def results_table(root: str) -> str:
     """A Markdown table of the finished runs kept in `root`, one folder each, from their own files."""
     lines = [
         "| run | image sizes | epochs | top-1 % | seeds | training, minutes | machine | commit |",
-        "|" + "---|" * 8,
+        "|" + "---|" * 9,
     ]
     for name in sorted(os.listdir(root)):
         summary = read_json(os.path.join(root, name, "summary.json"))
@@ -356,6 +356,7 @@ def results_table(root: str) -> str:
             f"{summary['top1']:.2f}",
             f"1 (seed {summary['seed']})",
             f"{summary['train_seconds'] / 60:.1f}",
+            f"{summary['relative_cost']:.2f}",
             f"{summary['device']}, {versions['system']}, torch {versions['torch']}",
             (summary["commit"] or "before the first")[:16],
         ]

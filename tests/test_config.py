@@ -8,6 +8,7 @@ import yaml
 from conftest import ROOT, program
 
 from config import SETTINGS, ConfigError, resolve, seconds
+from graphs import results_table
 from train import run
 
 
@@ -247,3 +248,9 @@ def test_make_targets_of_the_readme_exist():
     readme = (ROOT / "README.md").read_text()
     for target in set(re.findall(r"^make (\w+)", readme, re.M)):
         assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target
+
+
+def test_the_table_of_results_is_what_the_runs_say():
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert results_table(str(ROOT / "results")) in page
+    assert "| [imagenette_b0_fixed](../results/imagenette_b0_fixed/config.yaml) | 128 | 4 | 63.62 |" in page
