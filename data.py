@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -330,6 +331,15 @@ def close_loader(loader: DataLoader) -> None:
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
     loader._iterator = None
+
+
+@contextmanager
+def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
+    """Within, use `loader`; afterwards its workers are gone, also if something was raised."""
+    try:
+        yield loader
+    finally:
+        close_loader(loader)
 
 
 class TrainLoader:

@@ -340,7 +340,7 @@ RESULTS_PAGE = os.path.join("docs", "results.md")
 def results_table(root: str) -> str:
     """A Markdown table of the finished runs kept in `root`, one folder each, from their own files."""
     lines = [
-        "| run | image sizes | epochs | top-1 % | seeds | training, minutes | machine | commit |",
+        "| run | image sizes | epochs | top-1 % | seeds | training, minutes | relative cost | machine | commit |",
         "|" + "---|" * 9,
     ]
     for name in sorted(os.listdir(root)):

@@ -224,6 +224,12 @@ class StageScheduler:
         self.loader = self.make_loader(stage)
         return self.loader
 
+    def __enter__(self) -> "StageScheduler":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the workers of the current stage, if there is one."""
         if self.loader is not None:

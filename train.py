@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from checkpoint import check_data, find_checkpoint
 from config import Config, ConfigError, resolve
-from data import TrainLoader, close_loader, eval_loader, load_data, sample_grid, train_loader
+from data import TrainLoader, closing_loader, eval_loader, load_data, sample_grid, train_loader
 from learner import Learner, RunState
 from models import build_model, read_weights
 from optim import build_optimizer, learning_rate_schedule, set_learning_rate
@@ -69,7 +69,9 @@ def main(config: Config) -> int:
     val_loader = eval_loader(config, data, runtime, config.val_crop_size)
     runtime.say(f"{loaded}\n{data}\n{runtime}")
     if config.test_only:
-        for name, score in evaluate_all(learner.copies, val_loader, learner.criterion, runtime).items():
+        with closing_loader(val_loader):
+            scores = evaluate_all(learner.copies, val_loader, learner.criterion, runtime)
+        for name, score in scores.items():
             runtime.say(f"{name}: {score}")
         return 0
 
@@ -84,7 +86,7 @@ def main(config: Config) -> int:
     scheduler = StageScheduler(make_loader, learner.copies.values())
 
     # Algorithm 1: the stages and their epochs; weights, optimizer, schedule and EMA carry on
-    with stop:
+    with stop, scheduler, closing_loader(val_loader):
         for stage in ahead:
             loader = scheduler.enter(stage)
             learner.enter_stage(stage.image_size, loader.batch_sizes)
@@ -94,7 +96,7 @@ def main(config: Config) -> int:
                 progress = Progress(stage, epoch, config, state.step, len(loader), show=runtime.is_main)
                 finished = train_one_epoch(learner, loader, state, learning_rate, progress, stop)
                 if finished:
-                    scores: dict[str, Score] = {}
+                    scores = {}
                     if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
                         scores = evaluate_all(learner.copies, val_loader, learner.criterion, runtime)
                     improved = state.note_best(scores)
@@ -111,16 +113,12 @@ def main(config: Config) -> int:
                         | {"config": config.as_dict(), "classes": data.classes, "num_images": len(data.train)}
                     )
                 if not finished or (stop() and state.epoch < config.epochs):
-                    scheduler.close()
-                    close_loader(val_loader)
                     runtime.say(
                         f"stopped: {stop.reason}; saved, `--resume auto --output-dir {config.output_dir}` continues"
                     )
                     return 3
-        scheduler.close()
 
     # The final and the best weights, at the sizes they were trained at and at test size
-    close_loader(val_loader)
     copies = learner.copies | {"best": share_weights(log and log.load_best(), model, runtime)}
     best_stage = next(stage for stage in stages if state.best_epoch in stage.epochs)
     sizes = {
@@ -130,9 +128,8 @@ def main(config: Config) -> int:
     }
     closing = {}
     for size in sorted(set(sizes.values())):
-        loader_at_size = eval_loader(config, data, runtime, size)
-        closing[size] = evaluate_all(copies, loader_at_size, learner.criterion, runtime)
-        close_loader(loader_at_size)
+        with closing_loader(eval_loader(config, data, runtime, size)) as loader_at_size:
+            closing[size] = evaluate_all(copies, loader_at_size, learner.criterion, runtime)
     if log is not None:
         summary = summarise(config, plan, state, learner, sizes, closing, log.records)
         log.finish(summary, closing[config.val_crop_size]["best"].confusion)

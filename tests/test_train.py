@@ -217,6 +217,7 @@ def test_an_unreadable_image_of_validation_is_named_in_one_line_from_a_worker_to
     assert start(tree, tmp_path / "run", "--epochs", "1", "--workers", "1") == 2
     told = capsys.readouterr().err
     assert "bee/4.png cannot be read as an image" in told and told.count("\n") == 1
+    assert multiprocessing.active_children() == []
 
 
 def test_a_run_can_be_evaluated_in_its_own_folder(two_stages, capsys):
