@@ -6,6 +6,7 @@ dashboard. The result is checked once, after the last of these, before any data 
 
 import argparse
 import difflib
+import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -34,7 +35,7 @@ def setting(
 ) -> Any:
     """One row of the table.
 
-    kind: "int", "float", "str", "bool", or a list of them: "ints", "floats"
+    kind: "int", "float", "str", "bool", or a list of them: "ints", "floats", "strs"
     interval: accepted numbers, as in "[0, 1)"
     optional: may be None
     scheduled: takes one value, first and last, or one per stage
@@ -148,6 +149,10 @@ class Config:
     overwrite: bool = setting(False, "start again in a folder that holds a run", kind="bool", group="run")
     time_budget: str | None = setting(None, "stop after this long (90s, 25m, 1.5h), saved; exit status 3", kind="str", group="run", optional=True)
     print_freq: int = setting(10, "steps between lines of progress", kind="int", group="run", interval="[1, 1000000000]")
+    clearml: str = setting("auto", "report to ClearML; auto: online if a server is configured and answers, else offline, for `python tracking.py upload OUTPUT_DIR`", kind="str", group="run", choices=("auto", "online", "offline", "off"))
+    clearml_project: str = setting("progressive-learning", "ClearML project", kind="str", group="run")
+    clearml_task: str | None = setting(None, "name of the ClearML task; unset: the name of output_dir", kind="str", group="run", optional=True)
+    clearml_tags: tuple[str, ...] | None = setting(None, "tags of the ClearML task", kind="strs", group="run", optional=True)
     plan: str | None = setting(None, "print the stages and their cost, train nothing; `json` for machines", kind="str", group="run", choices=("table", "json"), optional=True)
     # fmt: on
 
@@ -164,7 +169,18 @@ SCHEDULED = tuple(name for name, row in SETTINGS.items() if row["scheduled"])
 # How a run is started, not what it computes: left out of its config.yaml, free to differ on resume.
 LAUNCH = ("config", "download", "overwrite", "plan", "resume", "test_only", "time_budget")
 # Where and how it runs: written down, and free to differ on resume.
-PLACE = ("cache_dataset", "data_path", "device", "dist_url", "output_dir", "print_freq", "workers", "world_size")
+CLEARML = ("clearml", "clearml_project", "clearml_task", "clearml_tags")
+PLACE = (
+    *CLEARML,
+    "cache_dataset",
+    "data_path",
+    "device",
+    "dist_url",
+    "output_dir",
+    "print_freq",
+    "workers",
+    "world_size",
+)
 
 # A setting (left) that does nothing unless another one (middle) has one of these values (right).
 NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -182,15 +198,21 @@ NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "train_split": ("dataset", ("imagefolder",)),
     "val_split": ("dataset", ("imagefolder",)),
     "cache_dataset": ("dataset", ("imagefolder",)),
+    "clearml_project": ("clearml", ("auto", "online", "offline")),
+    "clearml_task": ("clearml", ("auto", "online", "offline")),
+    "clearml_tags": ("clearml", ("auto", "online", "offline")),
     "download": ("dataset", tuple(name for name in DATASETS if name.startswith("image") and name != "imagefolder")),
 }
 
 
-def resolve(argv: Sequence[str], overrides: Mapping[str, Any] | None = None) -> Config:
+def resolve(
+    argv: Sequence[str], overrides: Mapping[str, Any] | None = None, base: Mapping[str, Any] | None = None
+) -> Config:
     """The settings of a run, merged and checked.
 
     argv: the command line without the program's name
     overrides: values changed in a dashboard, the last word
+    base: what those values were changed from; stands in place of the file and the command line
 
     Raises:
         ConfigError: unknown name, wrong type, value out of range, impossible combination.
@@ -200,10 +222,11 @@ def resolve(argv: Sequence[str], overrides: Mapping[str, Any] | None = None) -> 
     own = os.path.join(command_line.get("output_dir", DEFAULTS["output_dir"]), "config.yaml")
     if path is None and command_line.get("resume") == "auto" and os.path.isfile(own):
         path = own  # a run is continued with the settings it has, no need to repeat them
-    sources = [(path, read_yaml(path)) if path is not None else ("", {}), ("command line", command_line)]
-    sources.append(("dashboard", convert_all(overrides or {}, "")))
+    given_here = (read_yaml(path) if path is not None else {}, command_line) if base is None else ()
+    sources = [*given_here, convert_all(base or {}, "")]
+    sources.append(convert_all(overrides or {}, ""))
     values, level = dict(DEFAULTS), dict.fromkeys(DEFAULTS, -1)
-    for i, (_, given) in enumerate(sources):
+    for i, given in enumerate(sources):
         values.update(given)
         level.update(dict.fromkeys(given, i))
     if values["stage_epochs"] and level["epochs"] < level["stage_epochs"]:
@@ -323,6 +346,8 @@ def seconds(duration: str) -> float:
 
 # ---- one value ----
 
+LISTS = ("ints", "floats", "strs")
+
 
 def convert(name: str, value: Any, where: str = "") -> Any:
     """`value`, as YAML or the command line gave it, in the type of setting `name`.
@@ -336,7 +361,7 @@ def convert(name: str, value: Any, where: str = "") -> Any:
             raise ConfigError(f"{where}{name} must be {describe(row)}, got nothing")
         return None
     kind = row["kind"]
-    if kind in ("ints", "floats"):
+    if kind in LISTS:
         items = value if isinstance(value, list | tuple) else [value]
         if not items:
             raise ConfigError(f"{where}{name} needs at least one value, got an empty list")
@@ -395,7 +420,7 @@ def within(value: float, interval: str) -> bool:
 def describe(row: Mapping[str, Any]) -> str:
     noun = {
         "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",
-        "ints": "whole numbers", "floats": "a number or a list of numbers",
+        "ints": "whole numbers", "floats": "a number or a list of numbers", "strs": "words",
     }[row["kind"]]  # fmt: skip
     return f"one of {', '.join(row['choices'])}" if row["choices"] else noun
 
@@ -403,7 +428,7 @@ def describe(row: Mapping[str, Any]) -> str:
 def plain(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
-    items = [int(item) if item == int(item) else item for item in value]
+    items = [int(item) if isinstance(item, float) and item == int(item) else item for item in value]
     return items[0] if len(items) == 1 else items
 
 
@@ -412,6 +437,25 @@ def show(value: Any) -> str:
     if value is None:
         return "unset"
     return str(value).lower() if isinstance(value, bool) else str(plain(value))
+
+
+def as_text(value: Any) -> str:
+    """A plain value as a dashboard shows it in a field; nothing for None."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def from_text(name: str, text: str) -> Any:
+    """What was written into the field of setting `name`; `convert` says what is wrong with it."""
+    row, text = SETTINGS[name], text.strip()
+    if not text:
+        return None if row["optional"] else ""
+    if row["kind"] == "bool":
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if row["kind"] in LISTS:
+        return [parse_text(name, item.strip("'\"")) for item in re.split(r"[\s,]+", text.strip("[]() ")) if item]
+    return parse_text(name, text)
 
 
 # ---- YAML ----
@@ -506,7 +550,7 @@ def build_parser() -> argparse.ArgumentParser:
             options["metavar"] = (
                 "|".join(row["choices"]) if row["choices"] else {"s": "TEXT", "i": "N", "f": "X"}[row["kind"][0]]
             )
-            if row["kind"] in ("ints", "floats"):
+            if row["kind"] in LISTS:
                 options["nargs"] = "+"
         groups[row["group"]].add_argument("--" + name.replace("_", "-"), *row["flags"], **options)
     return parser
@@ -533,7 +577,7 @@ def parse_text(name: str, value: Any) -> Any:
     knows what to say about it."""
     if isinstance(value, list):
         return [parse_text(name, item) for item in value]
-    if isinstance(value, str) and SETTINGS[name]["kind"] not in ("str", "bool"):
+    if isinstance(value, str) and SETTINGS[name]["kind"] not in ("str", "strs", "bool"):
         for number in (int, float):
             try:
                 return number(value)

@@ -221,11 +221,11 @@ def accuracy_table(summary: Mapping[str, Any]) -> str:
     return table(["weights", "evaluated at", "top-1 %", "top-5 %", "top-1 EMA %"], rows)
 
 
-def worst_confusions(matrix: np.ndarray, classes: Sequence[str], most: int = 20) -> str:
+def worst_confusions(matrix: np.ndarray, classes: Sequence[str], most: int = 20) -> list[tuple[str, str, int]]:
+    """True class, predicted class and images of the commonest mistakes, from a matrix (K, K), rows true."""
     wrong = matrix - np.diag(np.diag(matrix))
     order = np.argsort(wrong, axis=None)[::-1][:most]
-    rows = [(classes[i // len(classes)], classes[i % len(classes)], int(wrong.flat[i])) for i in order if wrong.flat[i]]
-    return table(["true", "predicted", "images"], rows)
+    return [(classes[i // len(classes)], classes[i % len(classes)], int(wrong.flat[i])) for i in order if wrong.flat[i]]
 
 
 STYLE = """
@@ -243,7 +243,7 @@ def report_page(folder: str) -> str:
     records = read_metrics(folder)
     plan = read_json(os.path.join(folder, "report", "plan.json"))
     summary = read_json(os.path.join(folder, "summary.json"))
-    confusion = read_json(os.path.join(folder, "report", "confusion.json")) if summary else None
+    confusion = read_json(os.path.join(folder, "report", "confusion_best.json")) if summary else None
     with open(os.path.join(folder, "config.yaml"), encoding="utf-8") as file:
         settings = yaml.safe_load(file)
     stages = plan["stages"]
@@ -311,12 +311,12 @@ def report_page(folder: str) -> str:
     if summary:
         parts.append("<h2>Accuracy</h2>" + accuracy_table(summary))
     if confusion:
-        matrix, classes = np.array(confusion), plan["classes"]
+        matrix, classes = np.array(confusion["confusion"]), plan["classes"]
         parts.append(f"<h2>Confusions of the best weights ({summary['best']['weights']}) at test size</h2>")
         parts.append(
             draw_confusion(matrix, classes)
             if len(classes) <= MAX_CLASSES_IN_MATRIX
-            else worst_confusions(matrix, classes)
+            else table(["true", "predicted", "images"], worst_confusions(matrix, classes))
         )
     parts.append("<h2>Settings</h2>" + table(["setting", "value"], [(name, value) for name, value in settings.items()]))
     if summary:

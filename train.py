@@ -24,22 +24,24 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from checkpoint import check_data, find_checkpoint
-from config import Config, ConfigError, resolve
+from config import Config, ConfigError
 from data import TrainLoader, closing_loader, eval_loader, load_data, sample_grid, train_loader
 from learner import Learner, RunState
 from models import build_model, read_weights
 from optim import build_optimizer, learning_rate_schedule, set_learning_rate
+from runlog import Dashboard, Progress, RunLog, check_folder, epoch_record, summarise
 from scores import NonFiniteLoss, Score, TrainingLoss
 from stages import StageScheduler, describe_plan, format_plan, plan_stages, rehearse
-from tracking import LocalLog, Progress, check_folder, epoch_record, summarise
+from tracking import find_dashboard, leave, resolve
 from utils import EMA, Runtime, Stop, share_buffers, share_weights, start_runtime
 
 
-def main(config: Config) -> int:
+def main(config: Config, dashboard: Dashboard) -> int:
     """The run that `config` describes, in its order; returns the exit status."""
     # Where it runs, what it will do, where it continues: all that can be wrong without looking at data
     runtime = start_runtime(config)
     stop = Stop(runtime, config.time_budget)
+    dashboard.ask_to_stop = stop.ask
     stages = plan_stages(config)
     plan = describe_plan(config, stages)
     if not config.test_only:  # which writes nothing
@@ -80,8 +82,8 @@ def main(config: Config) -> int:
     make_loader = partial(train_loader, config, data, runtime)
     rehearse(ahead, learner, len(data.train))
     samples = {stage.index: sample_grid(make_loader(stage), stage.epochs.start) for stage in ahead}
+    log = RunLog(config, data.classes, plan, samples, state.epoch, dashboard) if runtime.is_main else None
     runtime.say(format_plan(plan))
-    log = LocalLog(config, data.classes, plan, samples, state.epoch) if runtime.is_main else None
     learning_rate = learning_rate_schedule(config)
     scheduler = StageScheduler(make_loader, learner.copies.values())
 
@@ -104,7 +106,8 @@ def main(config: Config) -> int:
                     if log is not None:
                         log.epoch(record)
                         if improved:
-                            log.save_best(learner.copies[state.best_weights])
+                            name = state.best_weights
+                            log.save_best(learner.copies[name], epoch, scores[name].confusion)
                     progress.conclude(record)
                     state.next_epoch()
                 if log is not None:
@@ -132,7 +135,7 @@ def main(config: Config) -> int:
             closing[size] = evaluate_all(copies, loader_at_size, learner.criterion, runtime)
     if log is not None:
         summary = summarise(config, plan, state, learner, sizes, closing, log.records)
-        log.finish(summary, closing[config.val_crop_size]["best"].confusion)
+        log.finish(summary, closing[config.val_crop_size]["model"].confusion)
         runtime.say(
             f"top1 {summary['top1']:.2f}, best {summary['best_top1']:.2f} in epoch {state.best_epoch + 1}; see {log.path('report.html')}"
         )
@@ -206,7 +209,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         config = resolve(argv)
         if config.plan is None:
-            return main(config)
+            with find_dashboard(config) as dashboard:
+                return main(config, dashboard)
         stages = plan_stages(config)
         plan = describe_plan(config, stages)
         if not who:
@@ -229,4 +233,4 @@ def run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    leave(run(sys.argv[1:]))

@@ -302,7 +302,7 @@ def ema_decay(model_ema_decay: float, images_per_step: int, steps: int, epochs: 
 
 
 class Stop:
-    """Whether training should end early: SIGINT, SIGTERM, or a time budget spent, counted from here.
+    """Whether training should end early: SIGINT, SIGTERM, a time budget spent, counted from here, or asked to.
 
     Used as a context; calling it with the number of a step asks. All processes get the same answer, at
     the same step: with several of them it is agreed upon every few steps.
@@ -313,7 +313,7 @@ class Stop:
     def __init__(self, runtime: Runtime, time_budget: str | None = None):
         self.runtime = runtime
         self.deadline = None if time_budget is None else time.monotonic() + seconds(time_budget)
-        self.signal: int | None = None
+        self.wish = ""
         self.agreed = False
         self.previous: dict[int, Any] = {}
 
@@ -327,18 +327,22 @@ class Stop:
             signal.signal(number, handler)
 
     def on_signal(self, number: int, frame: Any) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self.wish and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: at once, without saving
-        self.signal = number
+        self.ask(f"signal {signal.Signals(number).name}")
         if self.runtime.is_main:  # os.write: printing is not safe inside a handler
             os.write(2, b"\nstopping after this step, the run will be saved; Ctrl-C again ends it at once\n")
+
+    def ask(self, reason: str) -> None:
+        """Let training end, saved; from any thread of rank 0."""
+        self.wish = reason
 
     def __call__(self, step: int = 0) -> bool:
         if (not self.agreed and step % self.AGREE_EVERY == 0) or self.runtime.world_size == 1:
             late = self.deadline is not None and time.monotonic() >= self.deadline
-            self.agreed = self.runtime.any(late or self.signal is not None)
+            self.agreed = self.runtime.any(late or bool(self.wish))
         return self.agreed
 
     @property
     def reason(self) -> str:
-        return f"signal {signal.Signals(self.signal).name}" if self.signal is not None else "time budget spent"
+        return self.wish or "time budget spent"

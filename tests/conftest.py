@@ -42,7 +42,7 @@ def tree(tmp_path):
     return make_tree(tmp_path / "images")
 
 
-SMALL = ["--model", "efficientnet_v2_tiny", "--device", "cpu", "--workers", "0", "--lr", "0.01", "--batch-size", "8", "--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32", "--print-freq", "100"]  # fmt: skip
+SMALL = ["--model", "efficientnet_v2_tiny", "--clearml", "off", "--device", "cpu", "--workers", "0", "--lr", "0.01", "--batch-size", "8", "--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32", "--print-freq", "100"]  # fmt: skip
 
 
 def program(*flags, env=None, **kwargs):
