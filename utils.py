@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,10 @@ class Runtime:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
+    def reserved_memory(self) -> int:
+        """Most bytes of GPU memory taken since `release_memory`; 0 without a CUDA device."""
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
+
     def peak_memory_gib(self) -> float | None:
         """Most memory the GPU held since the last call, GiB; None without a CUDA device."""
         if self.device.type != "cuda":
@@ -164,7 +169,8 @@ def start_runtime(config: Config) -> Runtime:
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=config.dist_url, world_size=world_size, rank=rank)
-        control = dist.new_group(backend="gloo")
+        # One process of each machine may decode all images while the others wait for it.
+        control = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
     amp_dtype = find_amp_dtype(config.amp_dtype, device) if config.amp else None
     if config.use_deterministic_algorithms:
         env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it in this mode
@@ -299,6 +305,13 @@ def ema_decay(model_ema_decay: float, images_per_step: int, steps: int, epochs: 
 
 
 # ---- the wish to stop ----
+
+
+def ignore_signals(worker: int) -> None:
+    """For worker processes. Ctrl-C and a scheduler's SIGTERM reach the whole group of processes; the training process
+    decides, and still needs its workers for the step it is in."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Stop:

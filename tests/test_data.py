@@ -10,20 +10,10 @@ from conftest import make_tree
 from PIL import Image
 
 import data
+import loaders
 from config import ConfigError, resolve
-from data import (
-    Data,
-    Digits,
-    DrawSampler,
-    EvalImages,
-    ImageTree,
-    TrainLoader,
-    close_loader,
-    eval_loader,
-    load_data,
-    sample_grid,
-    train_loader,
-)
+from data import Data, Digits, DrawSampler, ImageTree, load_data
+from loaders import DrawnImages, EvalImages, TrainLoader, close_loader, eval_loader, sample_grid, train_loader
 from presets import batch_mix, train_preset
 from stages import plan_stages
 from utils import Runtime
@@ -412,7 +402,7 @@ def test_augmentation_differs_from_epoch_to_epoch_image_to_image_and_seed_to_see
             return Image.fromarray(noise), 0
 
     def drawn(seed, *draw):
-        return data.DrawnImages(Same(), transform, seed)[draw][0]
+        return DrawnImages(Same(), transform, seed)[draw][0]
 
     pictures = [drawn(0, 0, 0, 0), drawn(0, 1, 0, 0), drawn(0, 0, 1, 0), drawn(0, 0, 0, 1), drawn(1, 0, 0, 0)]
     assert torch.equal(pictures[0], drawn(0, 0, 0, 0))
@@ -539,8 +529,8 @@ def test_evaluation_keeps_order_and_the_short_last_batch(tree):
     [(224, 256, 224, 256), (224, 256, 112, 128), (384, 384, 300, 300), (224, 256, 300, 343), (32, 36, 16, 18)],
 )
 def test_other_sizes_are_resized_in_proportion(tree, monkeypatch, crop, resize, size, expected):
-    asked, preset = [], data.eval_preset
-    monkeypatch.setattr(data, "eval_preset", lambda **kwargs: (asked.append(kwargs), preset(**kwargs))[1])
+    asked, preset = [], loaders.eval_preset
+    monkeypatch.setattr(loaders, "eval_preset", lambda **kwargs: (asked.append(kwargs), preset(**kwargs))[1])
     flags = ["--data-path", str(tree), "--workers", "0", "--val-crop-size", str(crop), "--val-resize-size", str(resize)]
     config = resolve(flags)
     one = eval_loader(config, load_data(config, CPU), CPU, size)

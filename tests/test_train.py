@@ -17,8 +17,8 @@ from conftest import ROOT, SMALL, assert_same_bits, checkpoint, make_tree, metri
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-import data
 import graphs
+import loaders
 import models
 import presets
 import train
@@ -409,7 +409,7 @@ def test_out_of_memory_shows_before_the_first_epoch_and_names_the_stage(tree, tm
 
 def test_rehearsal_changes_nothing(whole, tmp_path, monkeypatch):
     folder, tree = whole
-    monkeypatch.setattr(train, "rehearse", lambda *args: None)
+    monkeypatch.setattr(train, "rehearse", lambda *args: 0)
     assert start(tree, tmp_path / "run", *STAGED, *STRONG) == 0
     assert_same_bits(checkpoint(folder)["model_ema"], checkpoint(tmp_path / "run")["model_ema"])
 
@@ -563,23 +563,19 @@ def test_optimizer_schedule_and_ema_carry_on_over_a_stage_boundary(tree, tmp_pat
     assert [record["lr"] for record in metrics(tmp_path / "two")] == [0.01, 0.005, 0.0025, 0.00125]
 
 
-def test_workers_of_a_stage_are_gone_when_the_next_begins(tree, tmp_path, monkeypatch):
-    counts, build = [], data.make_loader
+def test_workers_of_a_stage_are_gone_when_the_next_begins_and_its_own_are_there(tree, tmp_path, monkeypatch):
+    counts, enter = [], train.StageScheduler.enter
 
-    def counting(dataset, runtime, workers, **kwargs):
+    def counting(self, stage):
+        loader = enter(self, stage)
         counts.append(len(multiprocessing.active_children()))
-        return build(dataset, runtime, workers, **kwargs)
+        return loader
 
-    monkeypatch.setattr(data, "make_loader", counting)
-    assert (
-        start(
-            tree, tmp_path / "run", "--stages", "3", "--epochs", "3", "--workers", "2", "--train-crop-size", "32", "40"
-        )
-        == 0
-    )
-    # Validation and the pictures of three stages start no workers. Then three stages, beside the two workers of
-    # validation, and the closing evaluation.
-    assert set(counts[:5]) == {0} and counts[5:7] == [2, 2] and set(counts[7:]) == {0}
+    monkeypatch.setattr(train.StageScheduler, "enter", counting)
+    flags = ["--stages", "3", "--epochs", "3", "--workers", "2", "--train-crop-size", "32", "40"]
+    assert start(tree, tmp_path / "run", *flags) == 0
+    # None yet; then two of validation, which stay, and two of the stage that begins.
+    assert counts == [0, 4, 4]
     assert multiprocessing.active_children() == []
 
 
