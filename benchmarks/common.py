@@ -197,10 +197,10 @@ def show(value: Any) -> str:
 # ---- rounds ----
 
 
-def interleave(ways: Mapping[str, Callable[[], Measures]], repeats: int, discard: int = 1) -> dict[str, list[Measures]]:
+def interleave(ways: Mapping[str, Callable[[], Any]], repeats: int, discard: int = 1) -> dict[str, list[Any]]:
     """Each way once, then each once more, ...: what slows the machine down for a while meets all of them.
     The first `discard` rounds warm caches and count for nothing."""
-    rounds: dict[str, list[Measures]] = {way: [] for way in ways}
+    rounds: dict[str, list[Any]] = {way: [] for way in ways}
     for number in range(-discard, repeats):
         for way, measure in ways.items():
             print(f"  {'warm-up' if number < 0 else f'round {number + 1}/{repeats}'}: {way}", file=sys.stderr)

@@ -37,7 +37,7 @@ from torchvision.transforms import InterpolationMode
 
 from config import resolve
 from data import load_data
-from loaders import train_loader
+from loaders import TrainLoader, train_loader
 from presets import IMAGENET_MEAN, IMAGENET_STD
 from stages import plan_stages
 from store import with_store
@@ -100,7 +100,7 @@ def our_flags(args: argparse.Namespace, tree: str, way: str, store: str) -> list
     return flags + (["--auto-augment", "ra"] if args.policy == "ra" else []) + args.flags
 
 
-def endless(loader: ReferenceLoader) -> Iterator[Tensor]:
+def endless(loader: ReferenceLoader | TrainLoader) -> Iterator[Tensor]:
     """The images of each batch, epoch after epoch."""
     for epoch in itertools.count():
         for _, images, _ in loader.epoch(epoch):
@@ -136,19 +136,19 @@ def compare(args: argparse.Namespace, tree: str) -> list[common.Measures]:
         torch.set_num_threads(1)
     common.read_files(tree)
     ways: dict[str, Callable[[], common.Measures]] = {}
-    opened = []
+    opened: list[TrainLoader] = []
     for way in args.ways:
         config = resolve(our_flags(args, tree, "worker" if way == "reference" else way, os.path.join(tree, "store")))
         runtime = start_runtime(config)
         if way == "reference":
             root = os.path.join(tree, "train")
-            loader = ReferenceLoader(root, args.image_size, args.policy, args.batch_size, workers, runtime)
+            batches = endless(ReferenceLoader(root, args.image_size, args.policy, args.batch_size, workers, runtime))
         else:
             data = with_store(config, load_data(config, runtime), runtime)
-            loader = train_loader(config, data, runtime, plan_stages(config)[0])
-            opened.append(loader)
+            opened.append(train_loader(config, data, runtime, plan_stages(config)[0]))
+            batches = endless(opened[-1])
         shape = (3, args.image_size, args.image_size)
-        ways[way] = partial(turn, endless(loader), shape, args.seconds, workers, runtime)
+        ways[way] = partial(turn, batches, shape, args.seconds, workers, runtime)
     try:
         rounds = common.interleave(ways, args.repeats)
     finally:

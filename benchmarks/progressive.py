@@ -2,7 +2,7 @@
 
     python benchmarks/progressive.py --data data/imagenette2
     python benchmarks/progressive.py --data data/photos --device cpu --model efficientnet_v2_b0 \\
-        --stages 2 --image-size 64 128 --epochs 4 --batch-size 32 --workers 0 --repeats 2
+        --stages 2 --image-size 64 128 --epochs 4 --batch-size 32 --workers 0 --repeats 2 --limit 512
 
 staged      train.py, image sizes growing from stage to stage
 fixed       train.py, one stage: as many epochs at the last size throughout
@@ -10,7 +10,7 @@ fixed       train.py, one stage: as many epochs at the last size throughout
 Training time of the one over that of the other, beside the plan's `relative_cost`, which counts multiply-adds;
 the target is at most 1.10 times that. Both from the runs' own summary.json; evaluation is not counted.
 What follows `--` goes to train.py, in both runs. By default EfficientNetV2-S, eight epochs from 128 to 300 px:
-about five minutes on an H200 with Imagenette; the second command takes five minutes on two CPU cores.
+some five minutes on an H200 with Imagenette (an estimate); the second command takes three on two CPU cores.
 """
 
 import argparse

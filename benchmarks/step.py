@@ -12,7 +12,7 @@ reference   the reference's style: loss.item(), top-1 and top-5 accuracy and met
 Then, for each size of --memory-sizes, the most memory that training at it takes: in a process that has
 trained at the sizes before it, and in a fresh one. What follows `--` goes to train.py.
 
-Half a minute on a GPU, ten minutes on two CPU cores (three with the second command).
+A minute on a GPU (an estimate), six on two CPU cores (three with the second command).
 """
 
 import argparse
