@@ -6,6 +6,7 @@ on its batch nor on where it is computed, so that a worker may crop what the dev
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 
 from presets import BINS_PER_UNIT, IMAGENET_MEAN, IMAGENET_STD, OPERATIONS
+from utils import key_to_seed
 
 Array = NDArray[np.float64]
 Boxes = NDArray[np.int64]  # (N, 4): top, left, height, width; the last two 0 for none
@@ -35,22 +37,11 @@ ERASED = slice(ERASE + 1, ERASE + 1 + RECTANGLE)
 NUM_DRAWS = ERASED.stop
 
 
-def mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """64 bits in, 64 well-mixed bits out. Source: splitmix64 (Steele, Lea, Flood 2014), its finaliser."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
 def uniforms(seed: int, draws: Sequence[tuple[int, int, int]], columns: slice = slice(0, NUM_DRAWS)) -> Array:
     """Uniform numbers in [0, 1), a row for each of `draws` (epoch, index, repeat)."""
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    keys = np.asarray(draws, dtype=np.uint64).reshape(-1, 3)
-    state = np.full(len(keys), seed, dtype=np.uint64)
-    for part in keys.T:
-        state = mixed(state + golden) + part
-    numbers = np.arange(columns.start + 1, columns.stop + 1, dtype=np.uint64) * golden
-    return (mixed(mixed(state)[:, None] + numbers) >> np.uint64(11)) * 2.0**-53
+    epochs, indices, repeats = np.asarray(draws, dtype=np.uint64).reshape(-1, 3).T[:, :, None]
+    numbers = np.arange(columns.start, columns.stop, dtype=np.uint64)
+    return (key_to_seed(seed, epochs, indices, repeats, numbers) >> np.uint64(11)) * 2.0**-53
 
 
 def rectangles(
@@ -100,10 +91,10 @@ def erase_boxes(draws: Array, size: int) -> Boxes:
 
 
 def resized_crop(pixels: Tensor, box: Sequence[int], size: int) -> Tensor:
-    """One crop (top, left, height, width) of uint8 (H, W, 3), resized with antialiasing: (size, size, 3)."""
+    """One crop (top, left, height, width) of uint8 (H, W, 3), resized with antialiasing: (3, size, size)."""
     top, left, height, width = box
     crop = pixels[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    return interpolate(crop, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    return interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def triangle_weights(lengths: Tensor, size: int, longest: int, reverse: Tensor | None = None) -> Tensor:
@@ -163,28 +154,27 @@ def to_device(values: NDArray, device: torch.device) -> Tensor:
 
 
 def rand_augment(images: Tensor, choices: Array, signs: Array, level: float) -> Tensor:
-    """`presets.RandAugment` of a batch, uint8 (N, 3, S, S), in place.
+    """`presets.RandAugment` of a batch, uint8 (N, 3, S, S), with as many operations as `choices` has columns.
 
-    choices, signs: (N, NUM_OPS) uniform in [0, 1); level: in bins of 30
+    choices, signs: (N, layers) uniform in [0, 1); level: in bins of 30
     """
     size = images.shape[-1]
     operations = list(OPERATIONS.values())
-    for choice, sign in zip(choices.T, signs.T):
-        number = (choice * len(operations)).astype(np.int64)
-        negative = (sign < 0.5) & np.array([operation.signed for operation in operations])[number]
-        group = 2 * number + negative
+    signed = np.array([operation.signed for operation in operations])
+    place = np.arange(len(images))  # which image lies where: they are sorted by operation, and the result sorted back
+    for layer in range(choices.shape[1]):
+        number = (choices[place, layer] * len(operations)).astype(np.int64)
+        group = 2 * number + ((signs[place, layer] < 0.5) & signed[number])  # operation and sign
         order = np.argsort(group, kind="stable")
-        on_device = to_device(order, images.device)
-        bounds = np.searchsorted(group[order], np.arange(2 * len(operations) + 1))
-        for i in np.flatnonzero(np.diff(bounds)):
-            operation = operations[i // 2]
-            amount = operation.amount(level, size, size) * (-1 if i % 2 else 1)
-            members = on_device[bounds[i] : bounds[i + 1]]
-            chosen = images.index_select(0, members)
-            changed = operation.apply(chosen, amount, InterpolationMode.BILINEAR)
-            if changed is not chosen:
-                images.index_copy_(0, members, changed)
-    return images
+        place = place[order]
+        images = images.index_select(0, to_device(order, images.device))
+        bounds = np.searchsorted(group[order], np.arange(2 * len(operations) + 1)).tolist()
+        for i, (start, stop) in enumerate(pairwise(bounds)):
+            if start < stop:
+                operation = operations[i // 2]
+                amount = operation.amount(level, size, size) * (-1 if i % 2 else 1)
+                images[start:stop] = operation.apply(images[start:stop], amount, InterpolationMode.BILINEAR)
+    return images.index_select(0, to_device(np.argsort(place), images.device))
 
 
 class BatchPreset:
@@ -215,7 +205,7 @@ class BatchPreset:
         return draws[:, FLIP] < self.hflip_prob
 
     def finish(self, images: Tensor, draws: Array) -> Tensor:
-        """Policy, normalise, erase: uint8 (N, 3, S, S), overwritten, to float32.
+        """Policy, normalise, erase: uint8 (N, 3, S, S) to float32.
 
         draws: (N, NUM_DRAWS)
         """
@@ -223,7 +213,7 @@ class BatchPreset:
             images = rand_augment(images, draws[:, OPS], draws[:, SIGNS], self.level)
         mean, std = (np.array(values, dtype=np.float32).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         scale, shift = (to_device(values, images.device) for values in (1 / (255 * std), mean / std))
-        out = images.to(torch.float32).mul_(scale).sub_(shift)
+        out = torch.empty_like(images, dtype=torch.float32).copy_(images).mul_(scale).sub_(shift)
         erased = draws[:, ERASE] < self.random_erase
         if erased.any():
             boxes = erase_boxes(draws[:, ERASED], images.shape[-1]) * erased[:, None]

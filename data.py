@@ -267,6 +267,12 @@ class DrawSampler(Sampler[list[Draw]]):
                 f"{num_images} training image(s) are too few for {world_size} process(es); each needs at least 2"
             )
 
+    @property
+    def batch_sizes(self) -> set[int]:
+        """Of this process: of most steps, and of the last."""
+        full = {self.batch_size} if self.num_images >= self.batch_size * self.world_size else set()
+        return full | ({self.last_batch} if self.last_batch else set())
+
     def start(self, epoch: int, first_step: int = 0, stop_epoch: int | None = None) -> None:
         """What the next iteration yields: the steps of `epoch` from `first_step`, then those of the epochs
         up to `stop_epoch` (exclusive; default: no others)."""

@@ -3,7 +3,6 @@ any sample and a run may resume at any step; and what changes with a stage costs
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from config import Config
 from data import Data, Draw, DrawSampler, Images, opened
 from presets import batch_mix, denormalise, eval_preset, train_preset
 from store import StoredImages
-from utils import MIX, SAMPLE, Runtime, drawing_from, ignore_signals
+from utils import MIX, SAMPLE, Runtime, close_loader, drawing_from, ignore_signals
 
 # ---- what workers do ----
 
@@ -42,7 +41,7 @@ class DrawnImages(Dataset):
 
 class CroppedImages(Dataset):
     """Batches of images cropped, resized and flipped as a batch preset draws, the rest of it left to the device:
-    uint8 (N, 3, S, S) channels last in memory, class numbers (N,), keys of the samples (N, 3)."""
+    uint8 (N, 3, S, S), class numbers (N,), keys of the samples (N, 3)."""
 
     def __init__(self, images: Images, preset: BatchPreset, seed: int):
         self.images = images
@@ -60,13 +59,13 @@ class CroppedImages(Dataset):
             crops = self.from_store(self.images, indices, numbers)
         else:
             crops = (self.from_file(index, numbers[i : i + 1]) for i, index in enumerate(indices))
-        batch = torch.empty(len(draws), size, size, 3, dtype=torch.uint8)
+        batch = torch.empty(len(draws), 3, size, size, dtype=torch.uint8)
         targets = torch.empty(len(draws), dtype=torch.long)
         flips = self.preset.flips(numbers)
         for i, (crop, target) in enumerate(crops):
-            batch[i] = crop.flip(1) if flips[i] else crop
+            batch[i] = crop.flip(2) if flips[i] else crop
             targets[i] = target
-        return batch.permute(0, 3, 1, 2), targets, torch.tensor(draws)
+        return batch, targets, torch.tensor(draws)
 
     def from_store(self, images: StoredImages, indices: list[int], numbers: Array) -> Iterator[tuple[Tensor, int]]:
         rows = images.index[indices]
@@ -78,7 +77,7 @@ class CroppedImages(Dataset):
         with opened(self.images, index) as (image, target):
             (box,) = self.preset.boxes(numbers, np.array([image.height]), np.array([image.width])).tolist()
             crop = presets.resized_crop(image, box, self.preset.image_size, InterpolationMode.BILINEAR)
-            return torch.from_numpy(np.array(crop)), target
+            return torch.from_numpy(np.array(crop)).permute(2, 0, 1), target
 
 
 class EvalImages(Dataset):
@@ -110,24 +109,6 @@ def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any)
         generator=torch.Generator(),  # its own, or every epoch would draw from the global one
         **kwargs,
     )
-
-
-def close_loader(loader: DataLoader) -> None:
-    """End the worker processes now. Left to garbage collection they linger into the next stage
-    (pytorch/pytorch#22133); torch has no public call for it."""
-    iterator = getattr(loader, "_iterator", None)
-    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-    loader._iterator = None
-
-
-@contextmanager
-def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
-    """Within, use `loader`; afterwards its workers are gone, also if something was raised."""
-    try:
-        yield loader
-    finally:
-        close_loader(loader)
 
 
 def as_it_is(batch: Any) -> Any:
@@ -192,9 +173,7 @@ class TrainLoader:
     @property
     def batch_sizes(self) -> set[int]:
         """Of this process: of most steps, and of the last."""
-        sampler = self.sampler
-        full = {sampler.batch_size} if sampler.num_images >= self.images_per_step else set()
-        return full | ({sampler.last_batch} if sampler.last_batch else set())
+        return self.sampler.batch_sizes
 
     def start(self, epoch: int, first_step: int = 0) -> None:
         """Let the workers load what comes from here on, unless they do so already."""
@@ -245,7 +224,7 @@ class TrainLoader:
             targets = targets.to(device, non_blocking=True)
             keys = rest and rest[0].tolist()
         if isinstance(self.transform, BatchPreset):
-            images = self.transform.finish(images.contiguous(), uniforms(self.sampler.seed, keys))
+            images = self.transform.finish(images, uniforms(self.sampler.seed, keys))
         return images.to(memory_format=memory_format), targets
 
     def crop_resident(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:

@@ -143,6 +143,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Grey, palette, CMYK and RGBA images as RGB; of 16 bits of grey the upper 8, where PIL would clip to white."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "RGB":
+        image.load()  # `convert` would copy
+        return image
     return image.convert("RGB")
 
 
@@ -235,7 +238,20 @@ def eval_preset(
     return v1.Compose(steps + to_normalised(lib, backend))
 
 
+class ToNormalised:
+    """An RGB PIL image as a normalised float32 tensor (3, H, W): torchvision's arithmetic to the bit, without the
+    copy that each of its steps makes, which take as long as decoding a small JPEG."""
+
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.empty(pixels.shape).copy_(pixels).div_(255).sub_(self.mean).div_(self.std)
+
+
 def to_normalised(lib: Any, backend: str) -> list[Any]:
+    if lib is v1 and backend == "pil":
+        return [ToNormalised()]
     steps = [lib.PILToTensor()] if backend == "pil" else []
     steps.append(v2.ToDtype(torch.float32, scale=True) if lib is v2 else v1.ConvertImageDtype(torch.float32))
     return [*steps, lib.Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD)]

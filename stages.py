@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from config import Config, ConfigError
+from data import DrawSampler
 from learner import Learner
 from loaders import TrainLoader
 from models import build_on_meta, first_line, gflops_per_image, set_dropout, set_stochastic_depth
@@ -267,10 +268,13 @@ def rehearse(stages: Sequence[Stage], learner: Learner, num_images: int) -> int:
     reserved = 0
     with learner.undone():
         for stage in stages:
-            batch_size = min(stage.batch_size, max(1, num_images // learner.runtime.world_size))
-            where = f"stage {stage.index} ({stage.image_size} px, batch_size {batch_size})"
+            sizes = DrawSampler(num_images, stage.batch_size, 0, world_size=learner.runtime.world_size).batch_sizes
+            where = f"stage {stage.index} ({stage.image_size} px, batch_size {max(sizes)})"
             try:
-                learner.rehearse(stage.image_size, batch_size, learner.eager)
+                learner.rehearse(stage.image_size, max(sizes), learner.eager)
+                if torch.backends.cudnn.benchmark and learner.runtime.device.type == "cuda":
+                    for batch_size in sizes - {max(sizes)}:  # the search for fast kernels is then over, too
+                        learner.rehearse(stage.image_size, batch_size, learner.eager)
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = first_line(error)
                 if is_out_of_memory(error):

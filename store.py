@@ -32,7 +32,7 @@ from tqdm import tqdm
 from config import Config, ConfigError
 from data import Data, ImageTree
 from presets import to_rgb
-from utils import Runtime, ignore_signals
+from utils import Runtime, closing_loader, ignore_signals
 
 FORMAT = 1
 HEADER = 4096  # bytes
@@ -265,13 +265,18 @@ def build(path: str, images: ImageTree, side: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, len(images) // 100)  # a few images are decoded before a process has started
     batches = DataLoader(
-        decoding, min(32, len(images)), num_workers=workers, collate_fn=list, worker_init_fn=ignore_signals
+        decoding,
+        min(32, len(images)),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=list,
+        worker_init_fn=ignore_signals,
     )
     bar = tqdm(
         total=len(images), desc=f"decoding {split_name(images)}", unit="images", delay=1, leave=False, disable=None
     )
     try:
-        with open(temporary, "wb") as file, bar:
+        with open(temporary, "wb") as file, bar, closing_loader(batches):
             file.truncate(HEADER)
             for rows in batches:
                 for i, *row in rows:

@@ -28,14 +28,14 @@ from checkpoint import check_data, check_store, find_checkpoint
 from config import Config, ConfigError, resolve
 from data import load_data
 from learner import Learner, RunState
-from loaders import TrainLoader, augment_on, closing_loader, eval_loader, sample_grid, train_loader
+from loaders import TrainLoader, augment_on, eval_loader, sample_grid, train_loader
 from models import build_model, read_weights
 from optim import build_optimizer, learning_rate_schedule, set_learning_rate
 from scores import NonFiniteLoss, Score, TrainingLoss
 from stages import StageScheduler, describe_plan, format_plan, plan_stages, rehearse
 from store import with_store
 from tracking import LocalLog, Progress, check_folder, epoch_record, summarise
-from utils import EMA, Runtime, Stop, share_buffers, share_weights, start_runtime
+from utils import EMA, Runtime, Stop, closing_loader, share_buffers, share_weights, start_runtime
 
 
 def main(config: Config) -> int:

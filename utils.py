@@ -10,19 +10,35 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from config import Config, ConfigError, seconds
 
 # ---- random numbers by key ----
 
 
-def key_to_seed(*key: int) -> int:
-    """64 well-mixed bits of whole numbers from 0: neighbouring keys give unrelated seeds."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
+
+
+def scramble(bits: Any) -> Any:
+    """64 bits in, 64 well-mixed bits out; an int or a uint64 array.
+
+    Source: the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014).
+    """
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & MASK
+    return bits ^ (bits >> 31)
+
+
+def key_to_seed(*key: Any) -> Any:
+    """64 well-mixed bits of whole numbers from 0, or of uint64 arrays of them: neighbouring keys give unrelated seeds."""
+    bits = len(key)
+    for part in key:
+        bits = scramble(part + (bits * GOLDEN & MASK) & MASK)
+    return bits
 
 
 @contextmanager
@@ -249,6 +265,34 @@ def share_weights(state: dict[str, Tensor] | None, model: nn.Module, runtime: Ru
     return model
 
 
+# ---- worker processes ----
+
+
+def ignore_signals(worker: int) -> None:
+    """For worker processes. Ctrl-C and a scheduler's SIGTERM reach the whole group of processes; the training process
+    decides, and still needs its workers for the step it is in."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def close_loader(loader: DataLoader) -> None:
+    """End the worker processes now. Left to garbage collection they linger into the next stage
+    (pytorch/pytorch#22133); torch has no public call for it."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+    loader._iterator = None
+
+
+@contextmanager
+def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
+    """Within, use `loader`; afterwards its workers are gone, also if something was raised."""
+    try:
+        yield loader
+    finally:
+        close_loader(loader)
+
+
 # ---- EMA ----
 
 
@@ -305,13 +349,6 @@ def ema_decay(model_ema_decay: float, images_per_step: int, steps: int, epochs: 
 
 
 # ---- the wish to stop ----
-
-
-def ignore_signals(worker: int) -> None:
-    """For worker processes. Ctrl-C and a scheduler's SIGTERM reach the whole group of processes; the training process
-    decides, and still needs its workers for the step it is in."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Stop:

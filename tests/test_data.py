@@ -13,10 +13,10 @@ import data
 import loaders
 from config import ConfigError, resolve
 from data import Data, Digits, DrawSampler, ImageTree, load_data
-from loaders import DrawnImages, EvalImages, TrainLoader, close_loader, eval_loader, sample_grid, train_loader
+from loaders import DrawnImages, EvalImages, TrainLoader, eval_loader, sample_grid, train_loader
 from presets import batch_mix, train_preset
 from stages import plan_stages
-from utils import Runtime
+from utils import Runtime, close_loader
 
 CPU = Runtime(device=torch.device("cpu"))
 

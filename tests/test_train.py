@@ -18,7 +18,6 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import graphs
-import loaders
 import models
 import presets
 import train
