@@ -284,6 +284,21 @@ def test_a_run_cut_and_resumed_ends_with_the_same_bits(whole, tmp_path, monkeypa
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_augmented_in_batches_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, workers):
+    flags = [*STAGED, *STRONG, "--augment-on", "device"]
+    tree = whole[1]
+    assert start(tree, tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        cut(patch, 10)
+        assert start(tree, tmp_path / "cut", *flags, "--workers", workers) == 3
+    assert start(tree, tmp_path / "cut", "--augment-on", "worker", *flags[:-2], "--resume", "auto") == 2
+    assert start(tree, tmp_path / "cut", *flags, "--workers", workers, "--resume", "auto") == 0
+    for part in ("model", "model_ema", "optimizer"):
+        assert_same_bits(checkpoint(tmp_path / "cut")[part], checkpoint(tmp_path / "whole")[part])
+    assert yaml.safe_load((whole[0] / "config.yaml").read_text())["augment_on"] == "worker"  # auto, resolved
+
+
 def test_a_crash_inside_an_epoch_costs_that_epoch_and_no_bit(whole, tmp_path, monkeypatch):
     folder, tree = whole
     out, steps, step = tmp_path / "crash", [0], Learner.step
@@ -674,7 +689,16 @@ def test_two_processes_train_one_run_and_count_each_image_once(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("flags", [["--amp", "--channels-last"], ["--amp", "--amp-dtype", "float16"], ["--compile"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--amp", "--channels-last"],
+        ["--amp", "--amp-dtype", "float16", "--opt", "sgd"],
+        ["--compile"],
+        ["--augment-on", "worker", "--opt", "adamw"],
+        ["--decode-cache", "off", "--workers", "2"],
+    ],
+)
 def test_stages_on_a_gpu(tree, tmp_path, flags):
     assert start(tree, tmp_path / "run", "--device", "cuda", *STAGED, *STRONG, *flags) == 0
     assert all(record["gpu_memory_gib"] > 0 for record in metrics(tmp_path / "run"))
