@@ -118,6 +118,18 @@ def find_checkpoint(config: Config, runtime: Runtime) -> dict[str, Any] | None:
     return checkpoint
 
 
+def check_store(checkpoint: dict[str, Any], config: Config, store_side: int | None) -> None:
+    """Raise ConfigError if a run would go on with other pixels: out of a decode-once store instead of the files, or
+    the other way round."""
+    before = checkpoint.get("store_side", store_side)
+    if config.resume == "auto" and before != store_side:
+        then, now = ("images of a decode-once store", "the files") if before else ("the files", "a decode-once store")
+        mend = "make room for it, or give a folder as --decode-cache" if before else "use --decode-cache off"
+        raise ConfigError(
+            f"the run in {config.output_dir} was trained on {then}, now it would see those of {now}; {mend}"
+        )
+
+
 def check_data(checkpoint: dict[str, Any], classes: list[str], num_images: int) -> None:
     """Raise ConfigError unless the data set is the one the checkpoint was trained on, as far as it is known."""
     if checkpoint["classes"] != classes:

@@ -67,6 +67,8 @@ class Config:
     train_split: str = setting("train", "folder of the training images below data_path (imagefolder)", kind="str", group="data")
     val_split: str = setting("val", "folder of the validation images below data_path (imagefolder)", kind="str", group="data")
     cache_dataset: bool = setting(False, "keep the list of an imagefolder's files for the next start; listed anew when a class folder changed", kind="bool", group="data")
+    decode_cache: str = setting("auto", "keep images decoded, once for all epochs and runs: auto (where there is room), off, or the folder to keep them in", kind="str", group="data")
+    augment_on: str = setting("auto", "augment image by image in workers, or in batches on the device; auto: device if that is CUDA and the policy has a batch form (ra or none)", kind="str", group="data", choices=("auto", "worker", "device"))
     workers: int = setting(16, "processes that load images, per process that trains; 0 loads in the training process", kind="int", group="data", interval="[0, 1024]", flags=["-j"])
 
     # The model
@@ -174,6 +176,7 @@ PLACE = (
     *CLEARML,
     "cache_dataset",
     "data_path",
+    "decode_cache",
     "device",
     "dist_url",
     "output_dir",
@@ -198,6 +201,8 @@ NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "train_split": ("dataset", ("imagefolder",)),
     "val_split": ("dataset", ("imagefolder",)),
     "cache_dataset": ("dataset", ("imagefolder",)),
+    "backend": ("augment_on", ("auto", "worker")),
+    "use_v2": ("augment_on", ("auto", "worker")),
     "clearml_project": ("clearml", ("auto", "online", "offline")),
     "clearml_task": ("clearml", ("auto", "online", "offline")),
     "clearml_tags": ("clearml", ("auto", "online", "offline")),
@@ -322,6 +327,17 @@ def check(config: Config) -> None:
             f"backend tensor has no bicubic warps, which auto_augment {config.auto_augment} needs; use backend pil or "
             "interpolation bilinear"
         )
+    if config.augment_on == "device":
+        if config.auto_augment not in (None, "ra"):
+            raise ConfigError(
+                f"augment_on device has no batch form of auto_augment {config.auto_augment}, only of ra; use augment_on worker"
+            )
+        if config.interpolation != "bilinear":
+            raise ConfigError(f"augment_on device is bilinear; use augment_on worker for {config.interpolation}")
+    if config.dataset == "digits" and config.decode_cache not in ("auto", "off"):
+        raise ConfigError("decode_cache has no effect with dataset digits, which is in memory; leave it out")
+    if not config.decode_cache:
+        raise ConfigError("decode_cache must be auto, off or a folder, got ''")
     if config.resume and config.overwrite:
         raise ConfigError("resume continues a run, overwrite starts again; give one of them")
     if config.resume not in ("", "auto") and not os.path.isfile(config.resume):

@@ -1,30 +1,24 @@
-"""Data sets by name, and the loaders: the order of samples and every augmentation follow from
-(seed, epoch, index), so any worker may load any sample and a run may resume at any step."""
+"""Data sets by name, and the order of samples, which follows from (seed, epoch): any process knows any step
+of it, and a run may resume at any."""
 
 import hashlib
 import json
 import os
-import signal
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 from torchvision.datasets import Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms import Compose
-from torchvision.utils import make_grid
 
 from config import Config, ConfigError
-from presets import batch_mix, denormalise, eval_preset, train_preset
-from utils import MIX, ORDER, SAMPLE, Runtime, drawing_from, key_to_seed
+from presets import to_rgb
+from utils import ORDER, Runtime, key_to_seed
 
 # ---- data sets ----
 
@@ -40,10 +34,14 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation images, which share `classes`: the names, in the order of their numbers."""
+    """Training and validation images, which share `classes`: the names, in the order of their numbers.
+
+    store_side: short side of images out of a decode-once store, pixels; None without one
+    """
 
     train: Images
     val: Images
+    store_side: int | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -73,26 +71,45 @@ class ImageTree:
             raise ConfigError(f"{root}: {str(error).splitlines()[0]}") from error
         if keep_list and listed is None:
             write_list(root, folders, self.samples)
+        self.root = root
         self.classes = [WORDNET_NAMES.get(folder, folder) for folder in folders]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with self.opened(index) as (image, target):
+            return to_rgb(image), target
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[tuple[Image.Image, int]]:
+        """The image as it lies in its file, of any mode and not decoded yet, and its class number.
+
+        Raises:
+            ConfigError: what the caller does with it fails, and the file turns out to be damaged.
+        """
         path, target = self.samples[index]
         try:
             with Image.open(path) as image:
-                return to_rgb(image), target
-        except Exception as error:  # what PIL raises on a damaged file varies with the damage
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigError(f"{path} cannot be read as an image: {reason}; mend or remove it") from error
+                yield image, target
+        except Exception:
+            with naming_damage(path), Image.open(path) as image:
+                to_rgb(image)
+            raise  # the file is sound, the fault is the caller's
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, palette, CMYK and RGBA images as RGB; of 16 bits of grey the upper 8, where PIL would clip to white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+@contextmanager
+def naming_damage(path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # what PIL raises on a damaged file varies with the damage
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{path} cannot be read as an image: {reason}; mend or remove it") from error
+
+
+def opened(images: Images, index: int) -> AbstractContextManager[tuple[Image.Image, int]]:
+    """Image `index`, not decoded yet if it comes from a file."""
+    return images.opened(index) if isinstance(images, ImageTree) else nullcontext(images[index])
 
 
 def list_path(root: str) -> str:
@@ -227,6 +244,7 @@ class DrawSampler(Sampler[list[Draw]]):
     Each epoch has every image once. The last step has what is left, as many for each process, at least two
     (batch norm needs them); fewer than that are left out of this epoch.
 
+    exhausted: the current iteration has handed out its last step
     repeats: each image so many times in a row, dealt to different processes first; the epoch stays as long
         and so has fewer images (repeated augmentation, arXiv:1901.09335)
     """
@@ -240,8 +258,7 @@ class DrawSampler(Sampler[list[Draw]]):
         self.rank = rank
         self.world_size = world_size
         self.repeats = repeats
-        self.epoch = 0
-        self.first_step = 0
+        self.start(0)
         rest = num_images % (batch_size * world_size) // world_size  # images per process in a last, shorter step
         self.last_batch = rest if rest >= 2 or batch_size == 1 else 0
         self.num_steps = num_images // (batch_size * world_size) + (self.last_batch > 0)
@@ -250,194 +267,34 @@ class DrawSampler(Sampler[list[Draw]]):
                 f"{num_images} training image(s) are too few for {world_size} process(es); each needs at least 2"
             )
 
-    def start(self, epoch: int, first_step: int = 0) -> None:
-        """What the next iteration yields: the steps of `epoch` from `first_step`."""
-        self.epoch, self.first_step = epoch, first_step
-
-    def __len__(self) -> int:
-        return self.num_steps - self.first_step
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        # Not seed + epoch: torch's CPU generator takes 32 bits, and neighbouring runs would share orders.
-        generator = torch.Generator().manual_seed(key_to_seed(self.seed, self.epoch, ORDER))
-        order = torch.randperm(self.num_images, generator=generator)
-        per_step = self.batch_size * self.world_size
-        for step in range(self.first_step, self.num_steps):
-            start = step * per_step
-            count = min(per_step, (self.num_images - start) // self.world_size * self.world_size)
-            places = range(start + self.rank, start + count, self.world_size)
-            yield [(self.epoch, int(order[place // self.repeats]), place % self.repeats) for place in places]
-
-
-# ---- loaders ----
-
-
-class DrawnImages(Dataset):
-    """Images under a random transform whose draws follow from the key of the sample."""
-
-    def __init__(self, images: Images, transform: Compose, seed: int):
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
-        image, target = self.images[draw[1]]
-        with drawing_from(self.seed, *draw, SAMPLE):
-            return self.transform(image), target
-
-
-class EvalImages(Dataset):
-    """Every world_size-th image under a fixed transform, from number `rank` on: no image twice."""
-
-    def __init__(self, images: Images, transform: Compose, rank: int, world_size: int):
-        self.images = images
-        self.transform = transform
-        self.indices = range(rank, len(images), world_size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, target = self.images[self.indices[index]]
-        return self.transform(image), target
-
-
-def ignore_signals(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group of processes; the training process decides,
-    # and still needs its workers for the step it is in.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any) -> DataLoader:
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        persistent_workers=workers > 0,  # started once per stage; the sampler's keys say all that changes
-        pin_memory=runtime.device.type == "cuda",
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # its own, or every epoch would draw from the global one
-        **kwargs,
-    )
-
-
-def close_loader(loader: DataLoader) -> None:
-    """End the worker processes now. Left to garbage collection they linger into the next stage
-    (pytorch/pytorch#22133); torch has no public call for it."""
-    iterator = getattr(loader, "_iterator", None)
-    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-    loader._iterator = None
-
-
-@contextmanager
-def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
-    """Within, use `loader`; afterwards its workers are gone, also if something was raised."""
-    try:
-        yield loader
-    finally:
-        close_loader(loader)
-
-
-class TrainLoader:
-    """The training batches of a stage, on the device: images (N, 3, S, S) float32, normalised, and class
-    numbers (N,), or soft targets (N, K) if the stage mixes.
-
-    wait_seconds: time the last epoch's loop has spent waiting for images
-    """
-
-    def __init__(
-        self,
-        images: Images,
-        transform: Compose,
-        sampler: DrawSampler,
-        runtime: Runtime,
-        *,
-        workers: int = 0,
-        mix: nn.Module | None = None,
-    ):
-        self.sampler = sampler
-        self.mix = mix
-        self.runtime = runtime
-        self.loader = make_loader(DrawnImages(images, transform, sampler.seed), runtime, workers, batch_sampler=sampler)
-        self.wait_seconds = 0.0
-
-    def __len__(self) -> int:
-        """Steps of a whole epoch."""
-        return self.sampler.num_steps
-
-    @property
-    def images_per_step(self) -> int:
-        """Over all processes, in all steps but the last."""
-        return self.sampler.batch_size * self.sampler.world_size
-
     @property
     def batch_sizes(self) -> set[int]:
         """Of this process: of most steps, and of the last."""
-        sampler = self.sampler
-        full = {sampler.batch_size} if sampler.num_images >= self.images_per_step else set()
-        return full | ({sampler.last_batch} if sampler.last_batch else set())
+        full = {self.batch_size} if self.num_images >= self.batch_size * self.world_size else set()
+        return full | ({self.last_batch} if self.last_batch else set())
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Step number, images and targets of each step of `epoch` from `first_step` on."""
-        self.sampler.start(epoch, first_step)
-        self.wait_seconds = 0.0
-        asked = time.perf_counter()
-        for step, (images, targets) in enumerate(self.loader, first_step):
-            self.wait_seconds += time.perf_counter() - asked
-            images = images.to(self.runtime.device, non_blocking=True, memory_format=self.runtime.memory_format)
-            targets = targets.to(self.runtime.device, non_blocking=True)
-            if self.mix is not None:
-                with drawing_from(self.sampler.seed, epoch, step, self.runtime.rank, MIX):
-                    images, targets = self.mix(images, targets)
-            yield step, images, targets
-            asked = time.perf_counter()
+    def start(self, epoch: int, first_step: int = 0, stop_epoch: int | None = None) -> None:
+        """What the next iteration yields: the steps of `epoch` from `first_step`, then those of the epochs
+        up to `stop_epoch` (exclusive; default: no others)."""
+        self.epoch, self.first_step = epoch, first_step
+        self.stop_epoch = epoch + 1 if stop_epoch is None else stop_epoch
+        self.exhausted = False
 
-    def close(self) -> None:
-        close_loader(self.loader)
+    def __len__(self) -> int:
+        return (self.stop_epoch - self.epoch) * self.num_steps - self.first_step
 
-
-def train_loader(config: Config, data: Data, runtime: Runtime, stage: Any) -> TrainLoader:
-    """The loader of a stage (a `stages.Stage`)."""
-    transform = train_preset(
-        image_size=stage.image_size,
-        auto_augment=config.auto_augment,
-        ra_magnitude=stage.ra_magnitude,
-        ra_scale=config.ra_scale,
-        augmix_severity=config.augmix_severity,
-        random_erase=stage.random_erase,
-        crop_scale=config.train_crop_scale,
-        hflip_prob=config.hflip_prob,
-        interpolation=config.interpolation,
-        backend=config.backend,
-        use_v2=config.use_v2,
-    )
-    repeats = config.ra_reps if config.ra_sampler else 1
-    sampler = DrawSampler(len(data.train), stage.batch_size, config.seed, runtime.rank, runtime.world_size, repeats)
-    mix = batch_mix(stage.mixup_alpha, stage.cutmix_alpha, len(data.classes))
-    return TrainLoader(data.train, transform, sampler, runtime, workers=config.workers, mix=mix)
-
-
-def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) -> DataLoader:
-    """This process's share of the validation images at `crop_size`, resized in proportion."""
-    transform = eval_preset(
-        crop_size=crop_size,
-        resize_size=round(crop_size * config.val_resize_size / config.val_crop_size),
-        interpolation=config.interpolation,
-        backend=config.backend,
-        use_v2=config.use_v2,
-    )
-    images = EvalImages(data.val, transform, runtime.rank, runtime.world_size)
-    return make_loader(images, runtime, config.workers, batch_size=int(max(config.batch_size)))
-
-
-def sample_grid(loader: TrainLoader, epoch: int, num_images: int = 16) -> Tensor:
-    """Augmented training images of a loader as a picture, uint8 (3, H, W); the same ones for every stage,
-    each under the draws it has in `epoch`."""
-    dataset = loader.loader.dataset
-    step = max(1, len(dataset) // num_images)  # over all classes, where images are sorted by class
-    images = [dataset[(epoch, index, 0)][0] for index in range(0, step * num_images, step) if index < len(dataset)]
-    return make_grid(denormalise(torch.stack(images)), nrow=8)
+    def __iter__(self) -> Iterator[list[Draw]]:
+        first_step = self.first_step
+        for epoch in range(self.epoch, self.stop_epoch):
+            # Not seed + epoch: torch's CPU generator takes 32 bits, and neighbouring runs would share orders.
+            generator = torch.Generator().manual_seed(key_to_seed(self.seed, epoch, ORDER))
+            order = torch.randperm(self.num_images, generator=generator)
+            per_step = self.batch_size * self.world_size
+            for step in range(first_step, self.num_steps):
+                start = step * per_step
+                count = min(per_step, (self.num_images - start) // self.world_size * self.world_size)
+                places = range(start + self.rank, start + count, self.world_size)
+                indices = order[torch.tensor(places) // self.repeats].tolist()
+                self.exhausted = epoch + 1 == self.stop_epoch and step + 1 == self.num_steps
+                yield [(epoch, index, place % self.repeats) for index, place in zip(indices, places)]
+            first_step = 0

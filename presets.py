@@ -6,15 +6,18 @@ Every transform here draws from torch's default CPU generator; `data.py` sets th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as v1
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
+from torchvision.transforms import functional as v1_functional
 from torchvision.transforms.v2 import functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -133,6 +136,47 @@ class RandAugment(nn.Module):
         return image
 
 
+# ---- decoding and cropping ----
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Grey, palette, CMYK and RGBA images as RGB; of 16 bits of grey the upper 8, where PIL would clip to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "RGB":
+        image.load()  # `convert` would copy
+        return image
+    return image.convert("RGB")
+
+
+def reduce_decoding(image: Image.Image, box: Sequence[int], size: int) -> int:
+    """Have a JPEG that is not decoded yet decoded at 1/2, 1/4 or 1/8, where its crop `box` (top, left, height, width)
+    has at least `size` pixels each way even so: libjpeg then leaves out most of the arithmetic. Returns the divisor."""
+    divisor = next((divisor for divisor in (8, 4, 2) if min(box[2:]) >= divisor * size), 1)
+    if divisor == 1 or image.draft(None, (image.width // divisor, image.height // divisor)) is None:
+        return 1
+    return divisor
+
+
+def resized_crop(image: Image.Image, box: Sequence[int], size: int, interpolation: InterpolationMode) -> Image.Image:
+    """The crop `box` (top, left, height, width) as RGB, size x size; of an image of any mode, decoded or not."""
+    top, left, height, width = box
+    averaging = interpolation != InterpolationMode.NEAREST  # which would pick among averages, not pixels
+    divisor = reduce_decoding(image, box, size) if averaging else 1
+    if divisor == 1:
+        return v1_functional.resized_crop(to_rgb(image), top, left, height, width, [size, size], interpolation, True)
+    region = (left / divisor, top / divisor, (left + width) / divisor, (top + height) / divisor)
+    return to_rgb(image).resize((size, size), Image.Resampling[interpolation.value.upper()], box=region)
+
+
+class RandomResizedCrop(v1.RandomResizedCrop):
+    """torchvision's, draw for draw, of a PIL image that may not be decoded yet."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        box = self.get_params(image, self.scale, self.ratio)
+        return resized_crop(image, box, self.size[0], self.interpolation)
+
+
 # ---- presets ----
 
 
@@ -150,15 +194,19 @@ def train_preset(
     backend: str = "pil",
     use_v2: bool = False,
 ) -> v1.Compose:
-    """An RGB PIL image to a normalised float32 tensor (3, image_size, image_size): random resized crop,
-    flip, policy, normalise, random erase; the reference's order.
+    """A PIL image, of any mode and perhaps not decoded yet, to a normalised float32 tensor
+    (3, image_size, image_size): random resized crop, flip, policy, normalise, random erase; the reference's order.
 
     use_v2: take torchvision's own transforms from `transforms.v2`; the distribution is the same
     """
     lib: Any = v2 if use_v2 else v1
     mode = InterpolationMode(interpolation)
-    steps = [lib.PILToTensor()] if backend == "tensor" else []
-    steps.append(lib.RandomResizedCrop(image_size, scale=crop_scale, interpolation=mode, antialias=True))
+    crop = dict(scale=crop_scale, interpolation=mode, antialias=True)
+    steps: list[Any]
+    if backend == "tensor":
+        steps = [to_rgb, lib.PILToTensor(), lib.RandomResizedCrop(image_size, **crop)]
+    else:
+        steps = [RandomResizedCrop(image_size, **crop)]
     if hflip_prob > 0:
         steps.append(lib.RandomHorizontalFlip(hflip_prob))
     if auto_augment == "ra":
@@ -190,7 +238,20 @@ def eval_preset(
     return v1.Compose(steps + to_normalised(lib, backend))
 
 
+class ToNormalised:
+    """An RGB PIL image as a normalised float32 tensor (3, H, W): torchvision's arithmetic to the bit, without the
+    copy that each of its steps makes, which take as long as decoding a small JPEG."""
+
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.empty(pixels.shape).copy_(pixels).div_(255).sub_(self.mean).div_(self.std)
+
+
 def to_normalised(lib: Any, backend: str) -> list[Any]:
+    if lib is v1 and backend == "pil":
+        return [ToNormalised()]
     steps = [lib.PILToTensor()] if backend == "pil" else []
     steps.append(v2.ToDtype(torch.float32, scale=True) if lib is v2 else v1.ConvertImageDtype(torch.float32))
     return [*steps, lib.Normalize(mean=IMAGENET_MEAN, std=IMAGENET_STD)]

@@ -268,8 +268,13 @@ def host_memory_gib() -> float | None:
     except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    peaks = (resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(peaks) / 2**30
+    own, workers = (
+        resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    if os.path.exists("/proc/self/status"):  # Linux's ru_maxrss begins at the peak of the program that started this one
+        with open("/proc/self/status", encoding="ascii") as file:
+            own = next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")), own)
+    return (own + workers) / 2**30
 
 
 def commit() -> str | None:

@@ -7,6 +7,7 @@ on the model that trains; optimizer, schedule, EMA and the count of epochs are n
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 from config import Config, ConfigError
-from data import TrainLoader
+from data import DrawSampler
 from learner import Learner
+from loaders import TrainLoader
 from models import build_on_meta, first_line, gflops_per_image, set_dropout, set_stochastic_depth
 
 
@@ -208,21 +210,35 @@ class StageScheduler:
 
     make_loader: builds the training loader of a stage
     models: every copy whose drop rates follow the stages: the model that trains, its EMA
+    stages: that will be entered, in order; the workers of the next one start as soon as those of the current
+        one have got their last batches
     """
 
-    def __init__(self, make_loader: Callable[[Stage], TrainLoader], models: Iterable[nn.Module]):
+    def __init__(
+        self, make_loader: Callable[[Stage], TrainLoader], models: Iterable[nn.Module], stages: Sequence[Stage] = ()
+    ):
         self.make_loader = make_loader
         self.models = list(models)
+        self.stages = list(stages)
         self.loader: TrainLoader | None = None
+        self.following: TrainLoader | None = None
 
     def enter(self, stage: Stage) -> TrainLoader:
-        """The loader of `stage`, its drop rates set. The loader of the stage before is closed first,
-        so that the workers of two stages never share the cores or the memory."""
+        """The loader of `stage`, its drop rates set; the loader of the stage before is closed."""
+        following, self.following = self.following, None
         self.close()
         for model in self.models:
             set_drop_rates(model, stage)
-        self.loader = self.make_loader(stage)
+        self.loader = following or self.make_loader(stage)
+        rest = self.stages[self.stages.index(stage) + 1 :] if stage in self.stages else []
+        if rest:
+            self.loader.when_drained = partial(self.warm, rest[0])
         return self.loader
+
+    def warm(self, stage: Stage) -> None:
+        """Let the workers of the next stage start."""
+        self.following = self.make_loader(stage)
+        self.following.start(stage.epochs.start)
 
     def __enter__(self) -> "StageScheduler":
         return self
@@ -231,27 +247,34 @@ class StageScheduler:
         self.close()
 
     def close(self) -> None:
-        """End the workers of the current stage, if there is one."""
-        if self.loader is not None:
-            self.loader.close()
-            self.loader = None
+        """End the workers of the current stage and of the next, if there are any."""
+        for loader in (self.loader, self.following):
+            if loader is not None:
+                loader.close()
+        self.loader = self.following = None
 
 
-def rehearse(stages: Sequence[Stage], learner: Learner, num_images: int) -> None:
+def rehearse(stages: Sequence[Stage], learner: Learner, num_images: int) -> int:
     """One whole training step of each stage on noise, then undone: what does not fit shows in the first
     minute, not when its stage comes. The step is not compiled, which takes the most memory.
 
     num_images: of the training set; a small one fills no batch
 
+    Returns: bytes of GPU memory that training takes at most, beyond what is held before and after; 0 elsewhere.
+
     Raises:
         ConfigError: out of memory, or images too small for the model; names the stage and what to lower.
     """
+    reserved = 0
     with learner.undone():
         for stage in stages:
-            batch_size = min(stage.batch_size, max(1, num_images // learner.runtime.world_size))
-            where = f"stage {stage.index} ({stage.image_size} px, batch_size {batch_size})"
+            sizes = DrawSampler(num_images, stage.batch_size, 0, world_size=learner.runtime.world_size).batch_sizes
+            where = f"stage {stage.index} ({stage.image_size} px, batch_size {max(sizes)})"
             try:
-                learner.rehearse(stage.image_size, batch_size, learner.eager)
+                learner.rehearse(stage.image_size, max(sizes), learner.eager)
+                if torch.backends.cudnn.benchmark and learner.runtime.device.type == "cuda":
+                    for batch_size in sizes - {max(sizes)}:  # the search for fast kernels is then over, too
+                        learner.rehearse(stage.image_size, batch_size, learner.eager)
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = first_line(error)
                 if is_out_of_memory(error):
@@ -260,7 +283,10 @@ def rehearse(stages: Sequence[Stage], learner: Learner, num_images: int) -> None
                         f"train_crop_size, or use --amp ({reason})"
                     ) from error
                 raise ConfigError(f"the model cannot train in {where}: {reason}") from error
+            reserved = max(reserved, learner.runtime.reserved_memory())
             learner.runtime.release_memory()
+    learner.runtime.release_memory()
+    return max(0, reserved - learner.runtime.reserved_memory())
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,23 +24,26 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import check_data, find_checkpoint
+from checkpoint import check_data, check_store, find_checkpoint
 from config import Config, ConfigError
-from data import TrainLoader, closing_loader, eval_loader, load_data, sample_grid, train_loader
+from data import load_data
 from learner import Learner, RunState
+from loaders import TrainLoader, augment_on, eval_loader, sample_grid, train_loader
 from models import build_model, read_weights
 from optim import build_optimizer, learning_rate_schedule, set_learning_rate
 from runlog import Dashboard, Progress, RunLog, check_folder, epoch_record, summarise
 from scores import NonFiniteLoss, Score, TrainingLoss
 from stages import StageScheduler, describe_plan, format_plan, plan_stages, rehearse
+from store import with_store
 from tracking import find_dashboard, leave, resolve
-from utils import EMA, Runtime, Stop, share_buffers, share_weights, start_runtime
+from utils import EMA, Runtime, Stop, closing_loader, share_buffers, share_weights, start_runtime
 
 
 def main(config: Config, dashboard: Dashboard) -> int:
     """The run that `config` describes, in its order; returns the exit status."""
     # Where it runs, what it will do, where it continues: all that can be wrong without looking at data
     runtime = start_runtime(config)
+    config = replace(config, augment_on=augment_on(config, runtime))  # written down, so that a resume keeps to it
     stop = Stop(runtime, config.time_budget)
     dashboard.ask_to_stop = stop.ask
     stages = plan_stages(config)
@@ -68,10 +72,9 @@ def main(config: Config, dashboard: Dashboard) -> int:
     if checkpoint is not None:
         check_data(checkpoint, data.classes, len(data.train))
         state = learner.load_state_dict(checkpoint)
-    val_loader = eval_loader(config, data, runtime, config.val_crop_size)
     runtime.say(f"{loaded}\n{data}\n{runtime}")
     if config.test_only:
-        with closing_loader(val_loader):
+        with closing_loader(eval_loader(config, data, runtime, config.val_crop_size)) as val_loader:
             scores = evaluate_all(learner.copies, val_loader, learner.criterion, runtime)
         for name, score in scores.items():
             runtime.say(f"{name}: {score}")
@@ -79,13 +82,16 @@ def main(config: Config, dashboard: Dashboard) -> int:
 
     # One step and a few images of every stage to come: what does not fit or cannot be read shows now, not in hours
     ahead = [stage for stage in stages if stage.epochs.stop > state.epoch]
+    data = with_store(config, data, runtime, reserved=rehearse(ahead, learner, len(data.train)))
+    if checkpoint is not None:
+        check_store(checkpoint, config, data.store_side)
+    val_loader = eval_loader(config, data, runtime, config.val_crop_size)
     make_loader = partial(train_loader, config, data, runtime)
-    rehearse(ahead, learner, len(data.train))
     samples = {stage.index: sample_grid(make_loader(stage), stage.epochs.start) for stage in ahead}
     log = RunLog(config, data.classes, plan, samples, state.epoch, dashboard) if runtime.is_main else None
     runtime.say(format_plan(plan))
     learning_rate = learning_rate_schedule(config)
-    scheduler = StageScheduler(make_loader, learner.copies.values())
+    scheduler = StageScheduler(make_loader, learner.copies.values(), ahead)
 
     # Algorithm 1: the stages and their epochs; weights, optimizer, schedule and EMA carry on
     with stop, scheduler, closing_loader(val_loader):
@@ -114,6 +120,7 @@ def main(config: Config, dashboard: Dashboard) -> int:
                     log.save_checkpoint(
                         learner.state_dict(state)
                         | {"config": config.as_dict(), "classes": data.classes, "num_images": len(data.train)}
+                        | {"store_side": data.store_side}
                     )
                 if not finished or (stop() and state.epoch < config.epochs):
                     runtime.say(

@@ -333,6 +333,74 @@ def test_every_operation_bears_any_magnitude_of_the_paper_s_scale(only, name, ba
             assert mine.shape == (3, 20, 33) and mine.dtype == torch.uint8
 
 
+# ---- decoding and cropping ----
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    """A smooth picture with edges, as photos are, 500 x 376."""
+    draw = np.random.default_rng(3)
+    image = Image.fromarray(draw.integers(0, 256, (10, 13, 3), dtype=np.uint8))
+    image = image.resize((500, 376), Image.Resampling.BICUBIC)
+    image.paste((250, 240, 30), (200, 100, 330, 300))
+    image.save(tmp_path / "x.jpg", quality=90)
+    return tmp_path / "x.jpg"
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "divisor"),
+    [
+        ((0, 0, 376, 500), 128, 2),
+        ((60, 100, 256, 256), 128, 2),
+        ((60, 100, 255, 400), 128, 1),  # 127 rows would be left
+        ((0, 0, 376, 500), 64, 4),
+        ((8, 16, 360, 480), 40, 8),
+        ((8, 16, 300, 310), 40, 4),
+    ],
+)
+def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(jpeg, box, size, divisor):
+    with Image.open(jpeg) as image:
+        assert presets.reduce_decoding(image, box, size) == divisor
+        image.load()
+        assert image.size == (-(-500 // divisor), -(-376 // divisor))
+    with Image.open(jpeg) as image:
+        ours = np.asarray(presets.resized_crop(image, box, size, BILINEAR)).astype(int)
+    with Image.open(jpeg) as image:
+        theirs = np.asarray(v1.functional.resized_crop(image, *box, [size, size])).astype(int)
+    difference = np.abs(ours - theirs)
+    if divisor == 1:
+        assert difference.max() == 0
+    assert difference.mean() < 2 and np.quantile(difference, 0.95) <= 8 and difference.max() <= 70  # that at edges
+    assert abs((ours - theirs).mean()) < 0.3  # no brighter, and no edge moved
+
+
+def test_the_training_preset_draws_torchvision_s_crop_before_it_decodes(jpeg):
+    ours, theirs = train_preset(image_size=32, hflip_prob=0), v1.RandomResizedCrop(32)
+    for seed in range(20):
+        with Image.open(jpeg) as image:
+            mine = presets.denormalise(seeded(seed, ours, image)).int()
+        with Image.open(jpeg) as image:
+            expected = seeded(seed, theirs, image).int()
+        assert (mine - expected).abs().float().mean() < 2
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bicubic"])
+def test_nearest_pixels_are_those_of_the_whole_image(jpeg, mode):
+    box, interpolation = (0, 0, 376, 500), InterpolationMode(mode)
+    with Image.open(jpeg) as image:
+        ours = np.asarray(presets.resized_crop(image, box, 64, interpolation)).astype(int)
+    with Image.open(jpeg) as image:
+        theirs = np.asarray(v1.functional.resized_crop(image, *box, [64, 64], interpolation)).astype(int)
+    assert np.array_equal(ours, theirs) == (mode == "nearest") and np.abs(ours - theirs).mean() < 1.5
+
+
+def test_normalising_keeps_torchvision_s_bits():
+    image = noise(30, 20)
+    steps = [v1.PILToTensor(), v1.ConvertImageDtype(torch.float32)]
+    steps.append(v1.Normalize(presets.IMAGENET_MEAN, presets.IMAGENET_STD))
+    assert torch.equal(presets.ToNormalised()(image), v1.Compose(steps)(image))
+
+
 # ---- the training preset ----
 
 

@@ -17,7 +17,6 @@ from conftest import ROOT, SMALL, assert_same_bits, checkpoint, make_tree, metri
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-import data
 import graphs
 import models
 import presets
@@ -285,6 +284,21 @@ def test_a_run_cut_and_resumed_ends_with_the_same_bits(whole, tmp_path, monkeypa
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_augmented_in_batches_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, workers):
+    flags = [*STAGED, *STRONG, "--augment-on", "device"]
+    tree = whole[1]
+    assert start(tree, tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        cut(patch, 10)
+        assert start(tree, tmp_path / "cut", *flags, "--workers", workers) == 3
+    assert start(tree, tmp_path / "cut", "--augment-on", "worker", *flags[:-2], "--resume", "auto") == 2
+    assert start(tree, tmp_path / "cut", *flags, "--workers", workers, "--resume", "auto") == 0
+    for part in ("model", "model_ema", "optimizer"):
+        assert_same_bits(checkpoint(tmp_path / "cut")[part], checkpoint(tmp_path / "whole")[part])
+    assert yaml.safe_load((whole[0] / "config.yaml").read_text())["augment_on"] == "worker"  # auto, resolved
+
+
 def test_a_crash_inside_an_epoch_costs_that_epoch_and_no_bit(whole, tmp_path, monkeypatch):
     folder, tree = whole
     out, steps, step = tmp_path / "crash", [0], Learner.step
@@ -409,7 +423,7 @@ def test_out_of_memory_shows_before_the_first_epoch_and_names_the_stage(tree, tm
 
 def test_rehearsal_changes_nothing(whole, tmp_path, monkeypatch):
     folder, tree = whole
-    monkeypatch.setattr(train, "rehearse", lambda *args: None)
+    monkeypatch.setattr(train, "rehearse", lambda *args: 0)
     assert start(tree, tmp_path / "run", *STAGED, *STRONG) == 0
     assert_same_bits(checkpoint(folder)["model_ema"], checkpoint(tmp_path / "run")["model_ema"])
 
@@ -563,23 +577,19 @@ def test_optimizer_schedule_and_ema_carry_on_over_a_stage_boundary(tree, tmp_pat
     assert [record["lr"] for record in metrics(tmp_path / "two")] == [0.01, 0.005, 0.0025, 0.00125]
 
 
-def test_workers_of_a_stage_are_gone_when_the_next_begins(tree, tmp_path, monkeypatch):
-    counts, build = [], data.make_loader
+def test_workers_of_a_stage_are_gone_when_the_next_begins_and_its_own_are_there(tree, tmp_path, monkeypatch):
+    counts, enter = [], train.StageScheduler.enter
 
-    def counting(dataset, runtime, workers, **kwargs):
+    def counting(self, stage):
+        loader = enter(self, stage)
         counts.append(len(multiprocessing.active_children()))
-        return build(dataset, runtime, workers, **kwargs)
+        return loader
 
-    monkeypatch.setattr(data, "make_loader", counting)
-    assert (
-        start(
-            tree, tmp_path / "run", "--stages", "3", "--epochs", "3", "--workers", "2", "--train-crop-size", "32", "40"
-        )
-        == 0
-    )
-    # Validation and the pictures of three stages start no workers. Then three stages, beside the two workers of
-    # validation, and the closing evaluation.
-    assert set(counts[:5]) == {0} and counts[5:7] == [2, 2] and set(counts[7:]) == {0}
+    monkeypatch.setattr(train.StageScheduler, "enter", counting)
+    flags = ["--stages", "3", "--epochs", "3", "--workers", "2", "--train-crop-size", "32", "40"]
+    assert start(tree, tmp_path / "run", *flags) == 0
+    # None yet; then two of validation, which stay, and two of the stage that begins.
+    assert counts == [0, 4, 4]
     assert multiprocessing.active_children() == []
 
 
@@ -679,7 +689,16 @@ def test_two_processes_train_one_run_and_count_each_image_once(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("flags", [["--amp", "--channels-last"], ["--amp", "--amp-dtype", "float16"], ["--compile"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--amp", "--channels-last"],
+        ["--amp", "--amp-dtype", "float16", "--opt", "sgd"],
+        ["--compile"],
+        ["--augment-on", "worker", "--opt", "adamw"],
+        ["--decode-cache", "off", "--workers", "2"],
+    ],
+)
 def test_stages_on_a_gpu(tree, tmp_path, flags):
     assert start(tree, tmp_path / "run", "--device", "cuda", *STAGED, *STRONG, *flags) == 0
     assert all(record["gpu_memory_gib"] > 0 for record in metrics(tmp_path / "run"))

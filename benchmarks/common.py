@@ -1,0 +1,383 @@
+"""What the benchmarks share: the machine's row, rounds in turn and their medians, processor time, tables, JSON."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+import torchvision
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts run in place; the program's modules lie one folder up
+
+import runlog  # noqa: E402
+from config import ConfigError  # noqa: E402
+from utils import find_device  # noqa: E402
+
+Measures = dict[str, Any]
+
+# ---- command line ----
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The command line that all benchmarks have; `description` says what is measured and how long it takes."""
+    parser = argparse.ArgumentParser(
+        prog=f"benchmarks/{name}.py",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="auto", help="auto: cuda, then mps, then cpu (default: auto)")
+    parser.add_argument("--json", metavar="FILE", default=str(ROOT / "benchmarks" / "results" / f"{name}.json"), help=f"a list of rows, which is added to (default: benchmarks/results/{name}.json)")  # fmt: skip
+    parser.set_defaults(benchmark=name)
+    return parser
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="DIR", required=True, help="a folder of images: with train/ in it, with class folders, or flat")  # fmt: skip
+    parser.add_argument("--limit", type=positive, metavar="N", default=10_000, help="use at most N images, evenly spread over the folder (default: 10000)")  # fmt: skip
+    parser.add_argument("--scratch", metavar="DIR", help="where the store and the runs lie meanwhile; about 0.3 MB an image (default: the system's folder for temporary files)")  # fmt: skip
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The options; `flags`: what follows `--`, for train.py."""
+    own, flags = list(argv), []
+    if "--" in own:
+        cut = own.index("--")
+        own, flags = own[:cut], own[cut + 1 :]
+    args = parser.parse_args(own)
+    args.flags = flags
+    return args
+
+
+def machine_flags(args: argparse.Namespace) -> list[str]:
+    """What train.py is told on this device, before the flags that follow `--`."""
+    flags = ["--device", args.device, "--channels-last"]
+    return flags + ["--amp"] if find_device(args.device, 0).type == "cuda" else flags
+
+
+def run(main: Callable[[argparse.Namespace], list[Measures]], args: argparse.Namespace) -> int:
+    """Measure, print, keep; what a user can mend is one line and exit status 2."""
+    try:
+        read_rows(args.json)  # a file that cannot be added to shows now, not after the measurement
+        save(args, main(args))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---- rows ----
+
+
+def read_rows(path: str) -> list[Measures]:
+    if not os.path.exists(path):
+        return []
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--json {path} cannot be read as JSON ({error}); give another file") from error
+    if not isinstance(rows, list):
+        raise ConfigError(f"--json {path} holds no list of rows; give another file")
+    return rows
+
+
+def save(args: argparse.Namespace, rows: Sequence[Measures]) -> None:
+    """Add `rows` to the file of --json, each with the machine, the versions and the settings it came from.
+
+    No host or user name and no absolute path goes along: of a path its last part is kept.
+    """
+    left_out = ("json", "scratch", "device", "benchmark")
+    settings = {name: portable(value) for name, value in vars(args).items() if name not in left_out}
+    origin = {
+        "benchmark": args.benchmark,
+        "settings": settings,
+        "machine": machine(args.device),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    lines = [json.dumps(row) for row in [*read_rows(args.json), *({**row, **origin} for row in rows)]]
+    os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
+    with open(f"{args.json}.tmp", "w", encoding="utf-8") as file:
+        file.write("[\n" + ",\n".join(lines) + "\n]\n")  # a row a line: a diff shows what was added
+    os.replace(f"{args.json}.tmp", args.json)
+    print(f"{len(rows)} rows added to {args.json}")
+
+
+def portable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    return os.path.basename(os.path.normpath(value)) if isinstance(value, str) and os.sep in value else value
+
+
+def machine(device: str) -> dict[str, Any]:
+    found = find_device(device, 0)
+    return {
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "device": found.type,
+        "gpu": torch.cuda.get_device_name(found) if found.type == "cuda" else None,
+    }
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Those this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pillow": PIL.__version__,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def commit() -> str | None:
+    """As `runlog.commit`, but rows that earlier benchmarks have added do not make the code another one."""
+    name = runlog.commit()
+    if name is None or not name.endswith("-dirty"):
+        return name
+    command = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+    same = subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    return name.removesuffix("-dirty") if same else name
+
+
+def print_table(rows: Sequence[Measures], columns: Mapping[str, str]) -> None:
+    """`rows` for a terminal. columns: key to heading; a key that a row lacks leaves its place empty"""
+    cells = [list(columns.values())]
+    for row in rows:
+        cells.append([show(row.get(key)) for key in columns])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
+    return "" if value is None else str(value)
+
+
+# ---- rounds ----
+
+
+def interleave(ways: Mapping[str, Callable[[], Any]], repeats: int, discard: int = 1) -> dict[str, list[Any]]:
+    """Each way once, then each once more, ...: what slows the machine down for a while meets all of them.
+    The first `discard` rounds warm caches and count for nothing."""
+    rounds: dict[str, list[Any]] = {way: [] for way in ways}
+    for number in range(-discard, repeats):
+        for way, measure in ways.items():
+            print(f"  {'warm-up' if number < 0 else f'round {number + 1}/{repeats}'}: {way}", file=sys.stderr)
+            measures = measure()
+            if number >= 0:
+                rounds[way].append(measures)
+    return rounds
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """Of the numbers among `values`; None if there are none."""
+    numbers = [value for value in values if value is not None]
+    return statistics.median(numbers) if numbers else None
+
+
+def medians(rounds: Sequence[Measures]) -> Measures:
+    """Of each measure over a way's rounds, and the rounds themselves, which show the spread."""
+    return {key: median([measures[key] for measures in rounds]) for key in rounds[0]} | {"rounds": list(rounds)}
+
+
+def ratio(rounds: Sequence[Measures], base: Sequence[Measures], key: str) -> float | None:
+    """Median of the ratios within each round, not ratio of the medians: both sides met the same machine."""
+    pairs = [(one[key], other[key]) for one, other in zip(rounds, base)]
+    return median([one / other if one is not None and other else None for one, other in pairs])
+
+
+# ---- processor time and memory ----
+
+
+def stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on (proc(5)); none if the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def below(pid: int) -> list[int]:
+    """The processes that `pid` has started, and theirs."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (fields := stat(int(entry))):
+            children.setdefault(int(fields[1]), []).append(int(entry))
+    found = [pid]
+    for process in found:  # grows while it is read
+        found += children.get(process, [])
+    return found[1:]
+
+
+def workers_cpu_seconds() -> float:
+    """User and system time so far of all processes below this one, live and ended.
+
+    getrusage knows the ended ones alone; a live one's stands in /proc, in ticks of 10 ms.
+    """
+    ticks = sum(sum(map(int, fields[11:15])) for pid in below(os.getpid()) if (fields := stat(pid)))
+    ended = os.times()
+    return ticks / os.sysconf("SC_CLK_TCK") + ended.children_user + ended.children_system
+
+
+def cpu_seconds(workers: int) -> float | None:
+    """User and system time so far of this process and all below it; None where the system does not tell."""
+    if workers == 0:
+        return time.process_time()
+    return time.process_time() + workers_cpu_seconds() if os.path.exists("/proc/self/stat") else None
+
+
+def settle(seconds: float = 10.0) -> None:
+    """Wait until the processes below this one have nothing left to do. Loaders read ahead; without this, one
+    way's reading would run into the next way's turn."""
+    if not os.path.exists("/proc/self/stat"):
+        return
+    deadline, before = time.monotonic() + seconds, workers_cpu_seconds()
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        now = workers_cpu_seconds()
+        if now - before < 0.02:
+            return
+        before = now
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that `pid` and all below it hold, pages they share counted once; 0 where the system does not tell."""
+    total = 0
+    for process in [pid, *below(pid)]:
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:  # ended meanwhile
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def own_peak_gib() -> float | None:
+    """Most memory this process has held so far, GiB; None where the system does not tell.
+
+    Not getrusage's ru_maxrss: that one begins with what the parent held when it started this process.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:"))
+
+
+def fresh_process(function: Callable[..., Any], *args: Any, watch: bool = False) -> tuple[Any, float | None]:
+    """What `function(*args)` returns in a new process, which inherits no memory; and, if asked to watch, the
+    most memory it and the processes below it held, GiB. Watching takes a good part of a core.
+
+    Raises:
+        ConfigError: raised there, or the process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(sender, function, args))
+    process.start()
+    sender.close()
+    peak = 0
+    while not receiver.poll(0.05 if watch else None):
+        if watch:
+            peak = max(peak, resident_bytes(process.pid or 0))
+    try:
+        result = receiver.recv()
+    except EOFError as error:
+        process.join()
+        raise ConfigError(f"a process of the benchmark ended with status {process.exitcode}; see above") from error
+    process.join()
+    if isinstance(result, ConfigError):
+        raise result
+    return result, peak / 2**30 if peak else None
+
+
+def answer(sender: Any, function: Callable[..., Any], args: tuple) -> None:
+    # A spawned process would spawn its own, each importing torch anew; here they start as a program's do.
+    multiprocessing.set_start_method(None, force=True)
+    try:
+        sender.send(function(*args))
+    except ConfigError as error:
+        sender.send(error)
+
+
+# ---- data ----
+
+
+@contextmanager
+def image_tree(data: str, limit: int, scratch: str | None = None) -> Iterator[str]:
+    """A temporary folder with `train/` and `val/` that link to at most `limit` images of folder `data`; in
+    `val/` the first image of each class, so that evaluation costs nothing.
+
+    data: with `train/` in it, with one folder per class, or flat, which is then one class
+
+    Raises:
+        ConfigError: no such folder, no images.
+    """
+    root = Path(data, "train") if Path(data, "train").is_dir() else Path(data)
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise ConfigError(f"--data {data}: no images there; give a folder of images, in class folders or not")
+    limit = min(limit, len(files))
+    files = [files[i * len(files) // limit] for i in range(limit)]
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch)
+    except OSError as error:
+        raise ConfigError(f"--scratch {scratch}: {error.strerror}; give a folder that can be written to") from error
+    with folder as tree:
+        for number, file in enumerate(files):
+            parts = file.relative_to(root).parts
+            name = parts[0] if len(parts) > 1 else "images"
+            for split in ("train", "val"):
+                place = Path(tree, split, name)
+                if split == "val" and place.is_dir():
+                    continue
+                place.mkdir(parents=True, exist_ok=True)
+                (place / f"{number:07}_{file.name}").symlink_to(file.resolve())
+        yield tree
+
+
+def read_files(tree: str) -> None:
+    """Every training image once, so that all ways find the files in memory."""
+    for path in Path(tree, "train").rglob("*.*"):
+        path.read_bytes()

@@ -1,0 +1,199 @@
+"""Whole training as a user runs it, stage by stage: does loading keep up with the training step?
+
+    python benchmarks/end_to_end.py --data data/imagenette2 --workers 16
+    python benchmarks/end_to_end.py --data data/imagenette2 --workers 16 -- --auto-augment ra --compile
+    python benchmarks/end_to_end.py --data data/photos --device cpu --workers 2 --model efficientnet_v2_b0 \\
+        --image-sizes 64 128 --batch-size 32 --epochs 2 --limit 256 --steps 4 --repeats 1
+
+train       train.py, started as a program; its metrics.jsonl tells images per second and the share of time
+            it waited for data
+ceiling     the same step on a batch that is on the device already: what loading could reach at best
+reference   the same step, images loaded the reference's way (see loader.py) by as many workers
+
+All three in turn, each in a process of its own with the same settings; of the epochs of a stage the median
+counts. On a CPU the loading takes its time from the training, so the ceiling is out of reach there. What
+follows `--` goes to train.py. By default EfficientNetV2-S in four stages from 128 to 300 px, three epochs
+each: some five minutes on an H200 with Imagenette (an estimate); the third command takes a minute and a half on
+two CPU cores.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from loader import ReferenceLoader
+from step import ResidentBatches, build_learner, train_epoch
+
+from config import ConfigError, resolve
+from stages import plan_stages, set_drop_rates
+from utils import find_device, start_runtime
+
+WAYS = ("train", "ceiling", "reference")
+
+
+def run_training(flags: Sequence[str], folder: str, uuid: str | None = None) -> None:
+    """train.py as a program, its run in `folder`; with `uuid`, that GPU's utilisation in `folder`/utilisation.
+
+    Raises:
+        ConfigError: it failed; with its own last line.
+    """
+    command = [sys.executable, str(common.ROOT / "train.py"), "--clearml", "off", *flags, "--output-dir", folder]
+    finished = threading.Event()
+    watcher = threading.Thread(target=watch_gpu, args=(uuid, folder, finished))
+    watcher.start()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        finished.set()
+        watcher.join()
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise ConfigError(f"train.py ended with status {done.returncode}: {lines[-1].removeprefix('error: ')}")
+
+
+def read_metrics(folder: str) -> list[dict[str, Any]]:
+    path = Path(folder, "metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def watch_gpu(uuid: str | None, folder: str, finished: threading.Event) -> None:
+    """Once a second until `finished`: the epoch that trains, and the share of time the GPU has kernels running, percent."""
+    if uuid is None:
+        return
+    command = ["nvidia-smi", f"--id={uuid}", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    samples = []
+    while not finished.wait(1.0):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+            samples.append((len(read_metrics(folder)), float(done.stdout)))
+        except (OSError, subprocess.SubprocessError, ValueError):
+            break  # no nvidia-smi, or a slice of a GPU, whose utilisation it does not tell
+    os.makedirs(folder, exist_ok=True)
+    Path(folder, "utilisation").write_text(json.dumps(samples))
+
+
+def train(flags: Sequence[str], scratch: str, uuid: str | None) -> list[common.Measures]:
+    """Of each stage, from the run's own metrics."""
+    with tempfile.TemporaryDirectory(dir=scratch) as parent:
+        folder = os.path.join(parent, "run")
+        run_training(flags, folder, uuid)
+        records = read_metrics(folder)
+        watched = Path(folder, "utilisation")
+        samples = json.loads(watched.read_text()) if watched.exists() else []
+    rows = []
+    for stage in plan_stages(resolve(flags)):
+        epochs = [record for record in records if record["stage"] == stage.index]
+        names = ("images_per_second", "data_wait_fraction", "gpu_memory_gib")
+        row = {name: common.median([record[name] for record in epochs]) for name in names}
+        # Not of epoch 0: its samples begin while the program still starts.
+        row["gpu_utilisation"] = common.median([percent for epoch, percent in samples if 0 < epoch in stage.epochs])
+        rows.append(row)
+    return rows
+
+
+def ceiling(flags: Sequence[str], num_classes: int, steps: int) -> list[common.Measures]:
+    """Of each stage: `train_one_epoch` on a batch that is there already; the first of three epochs warms up."""
+    config = resolve(flags)
+    runtime = start_runtime(config)
+    learner = build_learner(config, num_classes, runtime)
+    rows = []
+    for stage in plan_stages(config):
+        set_drop_rates(learner.model, stage)
+        learner.enter_stage(stage.image_size, {stage.batch_size})
+        batches = ResidentBatches(stage.image_size, stage.batch_size, steps, num_classes, runtime)
+        states = [train_epoch(config, stage, learner, batches) for _ in range(3)][1:]
+        rows.append({"images_per_second": common.median([state.num_images / state.train_seconds for state in states])})
+    return rows
+
+
+def reference(flags: Sequence[str], num_classes: int) -> list[common.Measures]:
+    """Of each stage: `train_one_epoch` on what the reference's loader brings."""
+    config = resolve(flags)
+    runtime = start_runtime(config)
+    learner = build_learner(config, num_classes, runtime)
+    root = os.path.join(config.data_path, "train")
+    policy = "ra" if config.auto_augment == "ra" else "none"
+    rows = []
+    for stage in plan_stages(config):
+        set_drop_rates(learner.model, stage)
+        loader = ReferenceLoader(root, stage.image_size, policy, stage.batch_size, config.workers, runtime)
+        learner.enter_stage(stage.image_size, {stage.batch_size})
+        states = [train_epoch(config, stage, learner, loader) for _ in stage.epochs]
+        rows.append(
+            {
+                "images_per_second": common.median([state.num_images / state.train_seconds for state in states]),
+                "data_wait_fraction": common.median([state.wait_seconds / state.train_seconds for state in states]),
+            }
+        )
+    return rows
+
+
+def main(args: argparse.Namespace) -> list[common.Measures]:
+    device = find_device(args.device, 0)
+    uuid = None
+    if device.type == "cuda":
+        uuid = "GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+    with common.image_tree(args.data, args.limit, args.scratch) as tree:
+        num_classes = len(os.listdir(os.path.join(tree, "train")))
+        sizes = args.image_sizes
+        flags = [*common.machine_flags(args), "--data-path", tree, "--decode-cache", os.path.join(tree, "store")]
+        flags += ["--model", args.model, "--batch-size", *map(str, args.batch_size), "--workers", str(args.workers)]
+        flags += ["--stages", str(len(sizes)), "--train-crop-size", *map(str, sizes)]
+        flags += ["--epochs", str(args.epochs * len(sizes)), "--lr", "0.01", *args.flags]
+        stages = plan_stages(resolve(flags))  # a mistake shows before anything runs
+        common.read_files(tree)
+        ways = {
+            "train": partial(train, flags, tree, uuid),
+            "ceiling": lambda: common.fresh_process(ceiling, flags, num_classes, args.steps)[0],
+            "reference": lambda: common.fresh_process(reference, flags, num_classes)[0],
+        }
+        rounds = common.interleave({way: ways[way] for way in args.ways}, args.repeats, discard=0)
+    rows = []
+    for stage in stages:
+        of_stage = {way: [measures[stage.index] for measures in rounds[way]] for way in args.ways}
+        for way in args.ways:
+            place = {"way": way, "stage": stage.index, "image_size": stage.image_size, "batch_size": stage.batch_size}
+            row = place | common.medians(of_stage[way])
+            compared = partial(common.ratio, of_stage[way], key="images_per_second")
+            if "ceiling" in of_stage:
+                row["share_of_ceiling"] = compared(of_stage["ceiling"])
+            if "reference" in of_stage:
+                row["times_reference"] = compared(of_stage["reference"])
+            rows.append(row)
+    common.print_table(
+        rows,
+        {
+            "way": "way", "image_size": "px", "batch_size": "batch", "images_per_second": "images/s",
+            "data_wait_fraction": "waiting", "share_of_ceiling": "of ceiling", "times_reference": "x reference",
+            "gpu_memory_gib": "GPU GiB", "gpu_utilisation": "GPU %",
+        },
+    )  # fmt: skip
+    return rows
+
+
+def read_options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = common.parser("end_to_end", __doc__ or "")
+    common.add_data(parser)
+    parser.add_argument("--model", default="efficientnet_v2_s", help="as train.py's (default: efficientnet_v2_s)")
+    parser.add_argument("--image-sizes", nargs="+", type=common.positive, metavar="S", default=[128, 185, 242, 300], help="pixels, one for each stage (default: 128 185 242 300)")  # fmt: skip
+    parser.add_argument("--batch-size", nargs="+", type=common.positive, metavar="N", default=[128], help="images; one, first and last, or one for each stage (default: 128)")  # fmt: skip
+    parser.add_argument("--epochs", type=common.positive, default=3, help="of each stage; the first starts the workers (default: 3)")  # fmt: skip
+    parser.add_argument("--steps", type=common.positive, default=50, help="of the ceiling, twice for each stage (default: 50)")  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="N", default=common.cores(), help="processes that load (default: as many as cores)")  # fmt: skip
+    parser.add_argument("--repeats", type=common.positive, default=1, help="rounds (default: 1)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which ways (default: all)")
+    return common.parse(parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(common.run(main, read_options(sys.argv[1:])))

@@ -1,0 +1,317 @@
+"""Loaders: the order of samples and every augmentation follow from (seed, epoch, index), so any worker may load
+any sample and a run may resume at any step; and what changes with a stage costs no waiting."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, InterpolationMode
+from torchvision.utils import make_grid
+
+import presets
+from batch_presets import FLIP, Array, BatchPreset, resized_crop, resized_crops, to_device, uniforms
+from config import Config
+from data import Data, Draw, DrawSampler, Images, opened
+from presets import batch_mix, denormalise, eval_preset, train_preset
+from store import StoredImages
+from utils import MIX, SAMPLE, Runtime, close_loader, drawing_from, ignore_signals
+
+# ---- what workers do ----
+
+
+class DrawnImages(Dataset):
+    """Images under a random transform whose draws follow from the key of the sample."""
+
+    def __init__(self, images: Images, transform: Compose, seed: int):
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
+        with opened(self.images, draw[1]) as (image, target), drawing_from(self.seed, *draw, SAMPLE):
+            return self.transform(image), target
+
+
+class CroppedImages(Dataset):
+    """Batches of images cropped, resized and flipped as a batch preset draws, the rest of it left to the device:
+    uint8 (N, 3, S, S), class numbers (N,), keys of the samples (N, 3)."""
+
+    def __init__(self, images: Images, preset: BatchPreset, seed: int):
+        self.images = images
+        self.preset = preset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.preset.image_size
+        numbers = uniforms(self.seed, draws, slice(0, FLIP + 1))
+        indices = [index for _, index, _ in draws]
+        if isinstance(self.images, StoredImages):
+            crops = self.from_store(self.images, indices, numbers)
+        else:
+            crops = (self.from_file(index, numbers[i : i + 1]) for i, index in enumerate(indices))
+        batch = torch.empty(len(draws), 3, size, size, dtype=torch.uint8)
+        targets = torch.empty(len(draws), dtype=torch.long)
+        flips = self.preset.flips(numbers)
+        for i, (crop, target) in enumerate(crops):
+            batch[i] = crop.flip(2) if flips[i] else crop
+            targets[i] = target
+        return batch, targets, torch.tensor(draws)
+
+    def from_store(self, images: StoredImages, indices: list[int], numbers: Array) -> Iterator[tuple[Tensor, int]]:
+        rows = images.index[indices]
+        boxes = self.preset.boxes(numbers, rows["height"], rows["width"]).tolist()
+        for index, box in zip(indices, boxes):
+            yield resized_crop(images.pixels(index), box, self.preset.image_size), images.targets[index]
+
+    def from_file(self, index: int, numbers: Array) -> tuple[Tensor, int]:
+        with opened(self.images, index) as (image, target):
+            (box,) = self.preset.boxes(numbers, np.array([image.height]), np.array([image.width])).tolist()
+            crop = presets.resized_crop(image, box, self.preset.image_size, InterpolationMode.BILINEAR)
+            return torch.from_numpy(np.array(crop)).permute(2, 0, 1), target
+
+
+class EvalImages(Dataset):
+    """Every world_size-th image under a fixed transform, from number `rank` on: no image twice."""
+
+    def __init__(self, images: Images, transform: Compose, rank: int, world_size: int):
+        self.images = images
+        self.transform = transform
+        self.indices = range(rank, len(images), world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, target = self.images[self.indices[index]]
+        return self.transform(image), target
+
+
+# ---- worker processes ----
+
+
+def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        persistent_workers=workers > 0,  # started once per stage; the sampler's keys say all that changes
+        pin_memory=runtime.device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # its own, or every epoch would draw from the global one
+        **kwargs,
+    )
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
+
+
+# ---- training ----
+
+
+class TrainLoader:
+    """The training batches of a stage, on the device: images (N, 3, S, S) float32, normalised, and class
+    numbers (N,), or soft targets (N, K) if the stage mixes.
+
+    transform: of one image, applied by workers; or a preset for batches, of which workers do the crop and the
+        device the rest, or the device all of it if `images` lie there
+    epochs: of the stage; an epoch's last step is followed by loading the next one's first
+    wait_seconds: time the last epoch's loop has spent waiting for images
+    when_drained: called once, when the last step of `epochs` has been handed to the workers
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        transform: Compose | BatchPreset,
+        sampler: DrawSampler,
+        runtime: Runtime,
+        *,
+        workers: int = 0,
+        mix: nn.Module | None = None,
+        epochs: range = range(0),
+    ):
+        self.images = images
+        self.transform = transform
+        self.sampler = sampler
+        self.mix = mix
+        self.runtime = runtime
+        self.epochs = epochs
+        self.wait_seconds = 0.0
+        self.when_drained: Callable[[], None] | None = None
+        self.iterator: Iterator[Any] = iter(())
+        self.position: tuple[int, int] | None = None  # epoch and step of what `iterator` gives next
+        self.loader: DataLoader | DrawSampler
+        if not isinstance(transform, BatchPreset):
+            dataset = DrawnImages(images, transform, sampler.seed)
+            self.loader = make_loader(dataset, runtime, workers, batch_sampler=sampler)
+        elif isinstance(images, StoredImages) and images.resident is not None:
+            self.loader = sampler  # nothing to load
+        else:
+            crops = CroppedImages(images, transform, sampler.seed)
+            self.loader = make_loader(crops, runtime, workers, batch_sampler=sampler, collate_fn=as_it_is)
+        self.stream = torch.cuda.Stream(runtime.device) if runtime.device.type == "cuda" else None
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+        return self.sampler.num_steps
+
+    @property
+    def images_per_step(self) -> int:
+        """Over all processes, in all steps but the last."""
+        return self.sampler.batch_size * self.sampler.world_size
+
+    @property
+    def batch_sizes(self) -> set[int]:
+        """Of this process: of most steps, and of the last."""
+        return self.sampler.batch_sizes
+
+    def start(self, epoch: int, first_step: int = 0) -> None:
+        """Let the workers load what comes from here on, unless they do so already."""
+        if self.position != (epoch, first_step):
+            stop_epoch = self.epochs.stop if epoch in self.epochs else epoch + 1
+            self.sampler.start(epoch, first_step, stop_epoch)
+            self.iterator = iter(self.loader)
+            self.position = (epoch, first_step)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Step number, images and targets of each step of `epoch` from `first_step` on."""
+        self.wait_seconds = 0.0
+        for step in range(first_step, len(self)):
+            asked = time.perf_counter()
+            self.start(epoch, step)
+            loaded = next(self.iterator)
+            if self.sampler.exhausted and self.when_drained is not None:
+                self.when_drained()
+                self.when_drained = None
+            self.wait_seconds += time.perf_counter() - asked
+            following = (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
+            self.position = following if following[0] < self.sampler.stop_epoch else None
+            yield step, *self.prepare(loaded, epoch, step)
+
+    def prepare(self, loaded: Any, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """A loaded batch on the device, augmented and mixed. On a GPU in a stream of its own: the step before,
+        queued already, goes on meanwhile."""
+        with torch.cuda.stream(self.stream):  # does nothing without one
+            images, targets = self.augment(loaded)
+            if self.mix is not None:
+                with drawing_from(self.sampler.seed, epoch, step, self.runtime.rank, MIX):
+                    images, targets = self.mix(images, targets)
+        if self.stream is not None:
+            training = torch.cuda.current_stream(self.runtime.device)
+            training.wait_stream(self.stream)
+            for tensor in (images, targets):  # their memory is reused only when training is done with it
+                tensor.record_stream(training)
+        return images, targets
+
+    def augment(self, loaded: Any) -> tuple[Tensor, Tensor]:
+        device, memory_format = self.runtime.device, self.runtime.memory_format
+        if isinstance(self.loader, DrawSampler):
+            images, targets = self.crop_resident(loaded)
+            keys = loaded
+        else:
+            images, targets, *rest = loaded
+            images = images.to(device, non_blocking=True)
+            targets = targets.to(device, non_blocking=True)
+            keys = rest and rest[0].tolist()
+        if isinstance(self.transform, BatchPreset):
+            images = self.transform.finish(images, uniforms(self.sampler.seed, keys))
+        return images.to(memory_format=memory_format), targets
+
+    def crop_resident(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        store, preset = self.images, self.transform
+        assert isinstance(store, StoredImages) and isinstance(preset, BatchPreset) and store.resident is not None
+        rows = store.index[[index for _, index, _ in draws]]
+        numbers = uniforms(self.sampler.seed, draws, slice(0, FLIP + 1))
+        boxes = preset.boxes(numbers, rows["height"], rows["width"])
+        images = resized_crops(
+            store.resident, rows["offset"] // 3, rows["width"], boxes, preset.flips(numbers), preset.image_size
+        )
+        targets = np.array([store.targets[index] for _, index, _ in draws])
+        return images, to_device(targets, self.runtime.device)
+
+    def samples(self, draws: Sequence[Draw]) -> Tensor:
+        """Augmented images by their keys, unmixed, on the CPU."""
+        if isinstance(self.loader, DrawSampler):
+            return self.augment(draws)[0].cpu()
+        dataset = self.loader.dataset
+        if isinstance(dataset, CroppedImages):
+            return self.augment(dataset.__getitems__(draws))[0].cpu()
+        return torch.stack([dataset[draw][0] for draw in draws])
+
+    def close(self) -> None:
+        self.position, self.when_drained = None, None
+        if isinstance(self.loader, DataLoader):
+            close_loader(self.loader)
+
+
+def train_loader(config: Config, data: Data, runtime: Runtime, stage: Any) -> TrainLoader:
+    """The loader of a stage (a `stages.Stage`)."""
+    shared = dict(
+        image_size=stage.image_size,
+        ra_magnitude=stage.ra_magnitude,
+        ra_scale=config.ra_scale,
+        random_erase=stage.random_erase,
+        crop_scale=config.train_crop_scale,
+        hflip_prob=config.hflip_prob,
+    )
+    transform: Compose | BatchPreset
+    if augment_on(config, runtime) == "device":
+        transform = BatchPreset(**shared)
+    else:
+        transform = train_preset(
+            **shared,
+            auto_augment=config.auto_augment,
+            augmix_severity=config.augmix_severity,
+            interpolation=config.interpolation,
+            backend=config.backend,
+            use_v2=config.use_v2,
+        )
+    repeats = config.ra_reps if config.ra_sampler else 1
+    sampler = DrawSampler(len(data.train), stage.batch_size, config.seed, runtime.rank, runtime.world_size, repeats)
+    mix = batch_mix(stage.mixup_alpha, stage.cutmix_alpha, len(data.classes))
+    return TrainLoader(data.train, transform, sampler, runtime, workers=config.workers, mix=mix, epochs=stage.epochs)
+
+
+def augment_on(config: Config, runtime: Runtime) -> str:
+    """`augment_on` with auto resolved: device on CUDA, where a GPU would wait for the workers, if the settings have a
+    form for batches; else worker, which leaves the processor that trains to training."""
+    if config.augment_on != "auto":
+        return config.augment_on
+    batched = config.auto_augment in (None, "ra") and config.interpolation == "bilinear"
+    own_way = config.backend != "pil" or config.use_v2  # asked for by hand
+    return "device" if runtime.device.type == "cuda" and batched and not own_way else "worker"
+
+
+# ---- evaluation, pictures ----
+
+
+def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) -> DataLoader:
+    """This process's share of the validation images at `crop_size`, resized in proportion."""
+    transform = eval_preset(
+        crop_size=crop_size,
+        resize_size=round(crop_size * config.val_resize_size / config.val_crop_size),
+        interpolation=config.interpolation,
+        backend=config.backend,
+        use_v2=config.use_v2,
+    )
+    images = EvalImages(data.val, transform, runtime.rank, runtime.world_size)
+    return make_loader(images, runtime, config.workers, batch_size=int(max(config.batch_size)))
+
+
+def sample_grid(loader: TrainLoader, epoch: int, num_images: int = 16) -> Tensor:
+    """Augmented training images of a loader as a picture, uint8 (3, H, W); the same ones for every stage,
+    each under the draws it has in `epoch`."""
+    count = loader.sampler.num_images
+    step = max(1, count // num_images)  # over all classes, where images are sorted by class
+    draws = [(epoch, index, 0) for index in range(0, step * num_images, step) if index < count]
+    return make_grid(denormalise(loader.samples(draws)), nrow=8)
