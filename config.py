@@ -170,20 +170,12 @@ SCHEDULED = tuple(name for name, row in SETTINGS.items() if row["scheduled"])
 
 # How a run is started, not what it computes: left out of its config.yaml, free to differ on resume.
 LAUNCH = ("config", "download", "overwrite", "plan", "resume", "test_only", "time_budget")
-# Where and how it runs: written down, and free to differ on resume.
 CLEARML = ("clearml", "clearml_project", "clearml_task", "clearml_tags")
+# Where and how it runs: written down, and free to differ on resume.
 PLACE = (
-    *CLEARML,
-    "cache_dataset",
-    "data_path",
-    "decode_cache",
-    "device",
-    "dist_url",
-    "output_dir",
-    "print_freq",
-    "workers",
+    *CLEARML, "cache_dataset", "data_path", "decode_cache", "device", "dist_url", "output_dir", "print_freq", "workers",
     "world_size",
-)
+)  # fmt: skip
 
 # A setting (left) that does nothing unless another one (middle) has one of these values (right).
 NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -466,7 +458,7 @@ def from_text(name: str, text: str) -> Any:
     """What was written into the field of setting `name`; `convert` says what is wrong with it."""
     row, text = SETTINGS[name], text.strip()
     if not text:
-        return None if row["optional"] else ""
+        return "" if DEFAULTS[name] == "" else None
     if row["kind"] == "bool":
         return {"true": True, "false": False}.get(text.lower(), text)
     if row["kind"] in LISTS:

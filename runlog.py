@@ -30,6 +30,7 @@ from utils import Runtime
 
 RUN_FILES = (
     "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pth", "checkpoint_previous.pth", "model_best.pth", "report.html",
+    "report/confusion_best.json", "report/confusion_last.json", "clearml/task.json",
 )  # fmt: skip
 REPORT_EVERY = 60.0  # seconds; drawing the page takes one or two
 

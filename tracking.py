@@ -3,8 +3,8 @@
     python tracking.py upload OUTPUT_DIR
 
 The only file that imports ClearML, and only where a run is tracked. Training never waits for the server:
-scalars and plots go into the SDK's queue, and closing is watched. What is in the run's folder is the
-truth; reporting an epoch again replaces it, so a resumed or uploaded run is reported whole.
+scalars and plots go into the SDK's queue; beginning and ending are watched. What is in the run's folder is
+the truth; reporting an epoch again replaces it, so a resumed or uploaded run is reported whole.
 """
 
 import hashlib
@@ -13,10 +13,9 @@ import importlib.util
 import json
 import math
 import os
-import random
 import re
+import shlex
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -25,7 +24,6 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
 import yaml
 from torch import Tensor
 
@@ -41,9 +39,10 @@ ARTIFACTS = ("summary.json", "metrics.jsonl", "report.html")
 SHORTEST_NAME = 3  # characters, that a server takes
 MAX_CLASSES = 50  # of a whole confusion matrix; one of 1,000 classes is an event of 6 MB
 PROBE_SECONDS = 3.0
+START_SECONDS = 60.0  # for a task to be made
 ABORT_SECONDS = 600.0  # for the step in progress and a checkpoint, after someone pressed Abort
 CLOSE_SECONDS = 900.0  # for the uploads of a run, as long as the server answers
-PATIENCE = 3.0  # seconds of closing before the server is asked whether it is still there
+PATIENCE = 3.0  # seconds of waiting before the server is asked whether it is still there
 
 # A key of metrics.jsonl: the graph and the line it is drawn in.
 SCALARS = {
@@ -72,7 +71,7 @@ SINGLE_VALUES = (
 
 def on_agent() -> bool:
     """Whether this process runs a task that exists already: started by a clearml-agent, or by an optimizer."""
-    return bool(os.environ.get("CLEARML_TASK_ID") or os.environ.get("TRAINS_TASK_ID"))
+    return bool(os.environ.get("CLEARML_TASK_ID"))
 
 
 def load_sdk() -> Any:
@@ -84,53 +83,64 @@ def load_sdk() -> Any:
     return clearml
 
 
+def find_task(task_id: str) -> Any:
+    """A task of the server by its id, None if it has none."""
+    try:
+        return load_sdk().Task.get_task(task_id=task_id)
+    except ValueError:
+        return None
+
+
 def resolve(argv: Sequence[str]) -> Config:
     """`config.resolve`; a task on an agent takes the settings it was cloned with, and what was changed in it.
 
     Raises:
         ConfigError: as there. The task fails with the same line.
     """
-    if not on_agent():
+    if not on_agent() or any(word.startswith("--plan") for word in argv):
         return settings.resolve(argv)
-    base, changed = settings_of_task()
+    reason = why_no_server()
+    if reason is not None:
+        raise ConfigError(f"clearml: the settings of CLEARML_TASK_ID cannot be read: {reason}")
+    task = find_task(os.environ["CLEARML_TASK_ID"])
+    if task is None:
+        raise ConfigError(
+            f"clearml: the server does not know task {os.environ['CLEARML_TASK_ID']}; unset CLEARML_TASK_ID to start a new one"
+        )
     try:
+        base, changed = settings_of(task)
         return settings.resolve(argv, changed, base)
     except ConfigError as error:
-        fail_task(str(error))
+        fail(task, str(error))
         raise
 
 
-def settings_of_task() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings that the task on this agent was made with, and those of its fields that say something else."""
-    reason = why_no_server()
-    if reason is not None:
-        raise ConfigError(f"clearml: the task's settings cannot be read: {reason}")
-    task = load_sdk().Task.get_task(task_id=os.environ.get("CLEARML_TASK_ID") or os.environ["TRAINS_TASK_ID"])
-    fields = (task.get_parameters_as_dict() or {}).get(SECTION, {})
-    text = task.get_configuration_object("config") or ""
-    head, _, body = text.partition("\n")
-    if not text:
-        base = {}  # a task of another script, or one made by hand
-    elif hashlib.sha1(body.encode()).hexdigest() not in head:
-        message = f"the configuration object `config` is a record and was changed; change {SECTION} instead"
-        fail_task(message)
-        raise ConfigError(f"clearml: {message}")
-    else:
+def settings_of(task: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The settings that a task was made with, None if it was not made by a run; and those of its fields that say
+    something else."""
+    record = task.get_configuration_object("config")
+    base: dict[str, Any] | None = None
+    if record:
+        head, _, body = record.partition("\n")
+        if hashlib.sha1(body.encode()).hexdigest() not in head:
+            raise ConfigError(
+                f"clearml: the configuration object `config` is a record and was changed; change {SECTION} instead"
+            )
         base = yaml.safe_load(body)
     changed = {}
-    for name, text in fields.items():
+    for name, text in ((task.get_parameters_as_dict() or {}).get(SECTION) or {}).items():
+        known = base is not None and name in base
         if name not in settings.SETTINGS or name in NOT_SETTINGS:
-            changed[name] = text  # unknown, `resolve` says so
-        elif name not in base or text != as_text(base[name]):
-            value = from_text(name, str(text))
-            if name not in base or value != base[name]:
-                changed[name] = value
+            changed[name] = text  # `settings.resolve` says what is wrong with it
+        elif not known or text != as_text(base[name]):
+            changed[name] = from_text(name, str(text))
+            if known and changed[name] == base[name]:  # the same in other words
+                del changed[name]
     return base, changed
 
 
-def fail_task(message: str) -> None:
-    """The task on this agent ends as failed, for the reason that the terminal says too."""
-    task = load_sdk().Task.get_task(task_id=os.environ.get("CLEARML_TASK_ID") or os.environ["TRAINS_TASK_ID"])
+def fail(task: Any, message: str) -> None:
+    """The task ends as failed, for the reason that the terminal says too."""
     task.mark_failed(force=True, status_reason="wrong settings", status_message=message)
 
 
@@ -149,7 +159,8 @@ def find_dashboard(config: Config) -> Dashboard:
         if config.clearml == "auto":
             return Dashboard()
         raise ConfigError(f"clearml {config.clearml} needs the package: pip install clearml, or --clearml off")
-    reason = "as asked" if config.clearml == "offline" else why_no_server()
+    asked = config.clearml == "offline" or os.environ.get("CLEARML_OFFLINE_MODE", "0").lower() in ("1", "true")
+    reason = "as asked" if asked else why_no_server()
     if reason is not None and (config.clearml == "online" or on_agent()):
         raise ConfigError(f"clearml online: {reason}; set it up with clearml-init, or use --clearml offline")
     return ClearML(config, offline_because=reason)
@@ -168,35 +179,50 @@ def why_no_server(timeout: float = PROBE_SECONDS) -> str | None:
     if not token and not (key and secret):
         return "no ClearML server is configured here"
     host = Session.get_api_server_host()
-    verify = config_obj.get("api.verify_certificate", True)
-    answer = [f"{host} did not answer within {timeout:g} s"]
+    address = (f"{host}/debug.ping", None) if token else (f"{host}/auth.login", (key, secret))
+    status = ask(*address, timeout)
+    if status == 200:
+        return None
+    if isinstance(status, str):
+        return f"{host} {status}"
+    return f"{host} refuses the keys" if status in (401, 403) else f"{host} says {status}"
 
-    def ask() -> None:
+
+def why_no_files(timeout: float = PROBE_SECONDS) -> str | None:
+    """None if the server's store of files answers, whatever it says; else what is wrong with it."""
+    load_sdk()
+    from clearml.backend_api import Session
+
+    host = Session.get_files_server_host()
+    status = ask(host, None, timeout)
+    return f"{host} {status}" if isinstance(status, str) else None
+
+
+def ask(address: str, keys: tuple[str, str] | None, timeout: float) -> int | str:
+    """The HTTP status that `address` answers with in time, or why there is none."""
+    from clearml.config import config_obj
+
+    answer: list[int | str] = [f"did not answer within {timeout:g} s"]
+    verify = config_obj.get("api.verify_certificate", True)
+
+    def request() -> None:
         import requests
 
         try:
-            if token:
-                reply = requests.get(f"{host}/debug.ping", timeout=timeout, verify=verify)
-            else:
-                reply = requests.get(f"{host}/auth.login", auth=(key, secret), timeout=timeout, verify=verify)
-            refused = reply.status_code in (401, 403)
-            answer[0] = (
-                "" if reply.ok else f"{host} " + ("refuses the keys" if refused else f"says {reply.status_code}")
-            )
-        except requests.ConnectTimeout:
+            answer[0] = requests.get(address, auth=keys, timeout=timeout, verify=verify).status_code
+        except requests.Timeout:
             pass
         except requests.ConnectionError as error:
             unknown = any(word in str(error) for word in ("resolve", "getaddrinfo", "Name or service"))
-            answer[0] = f"{host} " + ("is no known host" if unknown else "cannot be reached")
+            answer[0] = "is no known host" if unknown else "cannot be reached"
         except (requests.RequestException, ValueError) as error:
-            if not isinstance(error, requests.Timeout):
-                answer[0] = f"{host}: {type(error).__name__}"
+            answer[0] = f"cannot be asked ({type(error).__name__})"
 
     # In a thread of its own: looking up a host's name heeds no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(timeout)
-    return answer[0] or None
+    return answer[0]
 
 
 # ---- what is said of a run ----
@@ -206,11 +232,13 @@ class TaskReport:
     """A run, told to a ClearML task from what its folder holds. Telling it again changes nothing.
 
     folder: the run's
+    no_files: why the server takes no files now, None if it does
     """
 
-    def __init__(self, task: Any, folder: str):
+    def __init__(self, task: Any, folder: str, no_files: str | None):
         self.task = task
         self.folder = folder
+        self.no_files = no_files
         self.logger = task.get_logger()
         self.plan = graphs.read_json(self.path("report/plan.json"))
         self.classes = self.plan["classes"]
@@ -224,7 +252,7 @@ class TaskReport:
         self.logger.report_table("plan", "stages", iteration=0, table_plot=[heads, *rows])
         for stage in self.plan["stages"]:
             picture = self.path(f"report/stage_{stage['index']}.png")
-            if os.path.exists(picture):
+            if os.path.exists(picture) and self.no_files is None:  # the SDK would hold up all else
                 series = f"stage {stage['index']}, {stage['image_size']} px"
                 self.logger.report_image("training images", series, stage["first_epoch"], local_path=picture)
         for record in graphs.read_metrics(self.folder):
@@ -312,81 +340,89 @@ class ClearML(Dashboard):
     def __init__(self, config: Config, offline_because: str | None):
         self.folder = config.output_dir
         self.offline_because = offline_because
-        self.task: Any = None
-        self.report: TaskReport | None = None
+        self.session = Session(self.folder)
+        self.report: TaskReport | None = None  # none before the start, and where that failed
         self.finished = self.aborted = False
         self.closed = threading.Event()
         self.best_due = 0.0
 
     def start(self, log: RunLog, config: Config) -> None:
-        with on_its_own_account("this run is not reported"):
-            session = Session(self.folder)
-            if config.resume != "auto":
-                session.forget()
-            self.task = self.init(config, session)
-            session.note(self.task.id)
-            self.send_settings(config)
-            self.report = TaskReport(self.task, self.folder)
-            self.report.so_far()
-            self.task.connect_label_enumeration({name: i for i, name in enumerate(self.report.classes)})
-            if self.offline_because is None:
-                self.task.register_abort_callback(self.abort, callback_execution_timeout=ABORT_SECONDS)
-        if self.offline_because is not None:
-            print(
-                f"ClearML: offline, {self.offline_because}; the session lies in {os.path.join(self.folder, 'clearml')}, "
-                f"`python tracking.py upload {self.folder}` sends it to a server",
-                flush=True,
-            )
+        made: list[TaskReport] = []
 
-    def init(self, config: Config, session: "Session") -> Any:
+        def begin() -> None:
+            with on_its_own_account("this run is not reported"):
+                made.append(self.begin(config))
+
+        if not self.in_time(begin, START_SECONDS):
+            give_up("ClearML: the server stopped answering; this run is not reported")
+        elif made:
+            self.report = made[0]
+            if self.offline_because is not None:
+                print(
+                    f"ClearML: offline, {self.offline_because}; the session lies in {self.session.root}, "
+                    f"`{upload_command(self.folder)}` sends it to a server",
+                    flush=True,
+                )
+
+    def begin(self, config: Config) -> TaskReport:
+        """Make or continue the task, and tell it all there is. Not in the main thread: only that one can set handlers
+        of signals, and the SDK's would swallow SIGTERM and spin on a segmentation fault."""
+        session = self.session
+        if not session.hold():
+            raise RuntimeError(f"another run or upload uses {session.root}")
+        if config.resume != "auto":
+            session.forget()
+        no_files = None
         if self.offline_because is None:
             Task = load_sdk().Task
-            continued = session.online or (import_session(session) if session.offline else None)
+            no_files = why_no_files()
+            if no_files is not None:
+                line = f"pictures, artifacts and weights are not sent, {no_files}"
+                print(f"ClearML: {line}; `{upload_command(self.folder)}` sends them later", flush=True)
+            continued = import_session(session) if session.offline else session.online
         else:
-            os.environ["CLEARML_CACHE_DIR"] = os.path.join(os.path.abspath(self.folder), "clearml")
+            os.environ["CLEARML_CACHE_DIR"] = session.root
             Task = load_sdk().Task
             Task.set_offline(True)
             continued = session.offline
         name = config.clearml_task or os.path.basename(os.path.abspath(self.folder))
         if len(name) < SHORTEST_NAME:
             name = f"{config.model} {name}"
-        with untouched():
-            Task.set_random_seed(None)
-            for package, version in requirements():
-                Task.add_requirements(package, version)  # the SDK looks no further than train.py's own imports
-            task = Task.init(
-                project_name=config.clearml_project,
-                task_name=name,
-                tags=list(config.clearml_tags or ()),
-                reuse_last_task_id=continued or False,
-                # A number, or iterations would be shifted behind those there are
-                continue_last_task=0 if continued or on_agent() else False,
-                output_uri=upload_uri(),
-                auto_connect_arg_parser=False,
-                auto_connect_frameworks=False,  # its hook would upload every checkpoint
-            )
+        Task.set_random_seed(None)  # or the SDK seeds Python, numpy and torch
+        for package, version in requirements():
+            Task.add_requirements(package, version)  # the SDK looks no further than train.py's own imports
+        task = Task.init(
+            project_name=config.clearml_project,
+            task_name=name,
+            tags=list(config.clearml_tags or ()),
+            reuse_last_task_id=continued or False,
+            # A number, or iterations would be shifted behind those there are
+            continue_last_task=0 if continued or on_agent() else False,
+            output_uri=upload_uri(),
+            auto_connect_arg_parser=False,
+            auto_connect_frameworks=False,  # its hook would upload every checkpoint
+        )
         if continued and task.id != continued:
             print(f"ClearML: task {continued} cannot be continued; a new one, {task.id}, has the whole run", flush=True)
-        return task
-
-    def send_settings(self, config: Config) -> None:
-        values = {name: value for name, value in config.as_dict().items() if name not in NOT_SETTINGS}
-        body = yaml.safe_dump(values, sort_keys=False)
-        source = config.config or "the command line"
-        head = f"# {source}, resolved. A record: a clone is changed in {SECTION} ({hashlib.sha1(body.encode()).hexdigest()})"
-        self.task.set_configuration_object("config", f"{head}\n{body}", config_type="YAML")
-        self.task.update_parameters({f"{SECTION}/{name}": as_text(value) for name, value in values.items()})
+        session.note(task.id)
+        send_settings(task, config)
+        report = TaskReport(task, self.folder, no_files)
+        report.so_far()
+        task.connect_label_enumeration({name: i for i, name in enumerate(report.classes)})
+        if self.offline_because is None:
+            task.register_abort_callback(self.abort, callback_execution_timeout=ABORT_SECONDS)
+        return report
 
     def epoch(self, record: dict[str, Any]) -> None:
         if self.report is not None:
-            with on_its_own_account("an epoch is not reported to ClearML"):
+            with on_its_own_account("an epoch is not reported"):
                 self.report.epoch(record)
 
     def best(self, epoch: int, confusion: Tensor) -> None:
-        # Early on every epoch is the best; `finish` sends the one that stays.
+        # Early on every epoch is the best; the end sends the one that stays.
         if self.report is not None and time.monotonic() >= self.best_due:
             self.best_due = time.monotonic() + 60
-            with on_its_own_account("confusions are not reported to ClearML"):
+            with on_its_own_account("confusions are not reported"):
                 self.report.confusion("best", epoch, confusion.numpy())
 
     def finish(self, summary: Mapping[str, Any], confusion: Tensor) -> None:
@@ -400,67 +436,77 @@ class ClearML(Dashboard):
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         message = " ".join(str(error).split()) if error is not None else ""
-        if self.task is None:
-            if error is not None and on_agent():
-                fail_task(message)
-        elif not self.in_time(lambda: self.close(error, message)):
-            give_up(
-                f"ClearML: the server stopped answering; all of the run is in {self.folder}, "
-                f"`python tracking.py upload {self.folder}` sends the rest"
-            )
-        self.closed.set()
+        report = self.report
+        left = f"all of the run is in {self.folder}, `{upload_command(self.folder)}` sends the rest"
+        try:
+            if report is None:
+                if error is not None and on_agent():
+                    with on_its_own_account("the task does not say why it failed"):
+                        fail(find_task(os.environ["CLEARML_TASK_ID"]), message)
+            elif not self.in_time(lambda: self.close(report, error, message), CLOSE_SECONDS):
+                give_up(f"ClearML: the server stopped answering; {left}")
+        except KeyboardInterrupt:  # who does not want to wait; what the run came to stands
+            give_up(f"ClearML: interrupted; {left}")
+        finally:
+            self.closed.set()
 
-    def close(self, error: BaseException | None, message: str) -> None:
+    def close(self, report: TaskReport, error: BaseException | None, message: str) -> None:
         """Send what is left and end the task: completed, stopped or failed."""
-        with on_its_own_account("the end of the run is not reported to ClearML"):
-            task = self.task
-            ended_already = self.aborted and not on_agent()  # a task that is stopped takes no more files
-            if self.report is not None and not ended_already:
-                if type(error).__name__ == "NonFiniteLoss":
-                    task.add_tags(["diverged"])
-                self.report.outcome()
-                self.report.artifacts()
-                if self.offline_because is None:  # offline the SDK cannot register a model; `upload` does
-                    self.report.models()
-                    task.flush(wait_for_uploads=True)
-            task.close()
-            if self.offline_because is None and not self.finished:
-                ended = load_sdk().Task.get_task(task_id=task.id)
+        online = self.offline_because is None
+        parts = [report.outcome]
+        if online and report.no_files is None:
+            report.no_files = why_no_files()
+        if report.no_files is None and not (self.aborted and not on_agent()):  # a task that is stopped takes no files
+            parts.append(report.artifacts)
+            if online:  # offline the SDK cannot register a model; `upload` does
+                parts.append(report.models)
+        for part in parts:
+            with on_its_own_account(f"{part.__name__} not sent, `{upload_command(self.folder)}` does it later"):
+                part()
+        with on_its_own_account("the task is not closed"):
+            if type(error).__name__ == "NonFiniteLoss":
+                report.task.add_tags(["diverged"])
+            report.task.flush(wait_for_uploads=online)
+            report.task.close()
+            if online and not self.finished:
+                ended = find_task(report.task.id)
                 if error is None or isinstance(error, KeyboardInterrupt):
                     ended.mark_stopped(force=True, status_message="stopped early; --resume auto continues it")
                 else:
                     ended.mark_failed(force=True, status_reason=type(error).__name__, status_message=message)
 
-    def in_time(self, work: Callable[[], None]) -> bool:
+    def in_time(self, work: Callable[[], None], limit: float) -> bool:
         """Do `work` in a thread; False if the server went away meanwhile, and the thread is left behind."""
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        deadline, silent = time.monotonic() + CLOSE_SECONDS, 0
-        while time.monotonic() < deadline and silent < 2:
-            thread.join(PATIENCE)
-            if not thread.is_alive():
-                return True
-            if self.offline_because is None:
-                silent = silent + 1 if why_no_server() else 0
-        return not thread.is_alive()
+        return watched(work, limit, ask_server=self.offline_because is None)
 
 
-@contextmanager
-def untouched() -> Iterator[None]:
-    """Random generators and signal handlers are afterwards as before. The SDK seeds the former, and its handlers
-    swallow SIGTERM and spin on a segmentation fault."""
-    draws = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE]
-    numbers += [signal.SIGQUIT] if hasattr(signal, "SIGQUIT") else []
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        random.setstate(draws[0])
-        np.random.set_state(draws[1])
-        torch.set_rng_state(draws[2])
+def watched(work: Callable[[], None], limit: float, ask_server: bool = True) -> bool:
+    """Do `work` in a thread; False if it takes longer than `limit` seconds or the server does not answer any more."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    deadline, silent = time.monotonic() + limit, 0
+    while time.monotonic() < deadline and silent < 2:
+        thread.join(PATIENCE)
+        if not thread.is_alive():
+            return True
+        if ask_server:
+            silent = silent + 1 if why_no_server() or why_no_files() else 0
+    return not thread.is_alive()
+
+
+def send_settings(task: Any, config: Config) -> None:
+    values = {name: value for name, value in config.as_dict().items() if name not in NOT_SETTINGS}
+    body = yaml.safe_dump(values, sort_keys=False)
+    source = config.config or "the command line"
+    head = (
+        f"# {source}, resolved. A record: a clone is changed in {SECTION} ({hashlib.sha1(body.encode()).hexdigest()})"
+    )
+    task.set_configuration_object("config", f"{head}\n{body}", config_type="YAML")
+    task.update_parameters({f"{SECTION}/{name}": as_text(value) for name, value in values.items()})
+
+
+def upload_command(folder: str) -> str:
+    return f"python tracking.py upload {shlex.quote(folder)}"
 
 
 @contextmanager
@@ -513,7 +559,7 @@ def leave(code: int) -> NoReturn:
 
 
 class Session:
-    """Which tasks a run's folder has: on a server, offline. Kept in clearml/task.json.
+    """Which tasks a run's folder has: on a server, and offline, not sent yet. Kept in clearml/task.json.
 
     online, offline: ids, or None
     """
@@ -521,39 +567,78 @@ class Session:
     def __init__(self, folder: str):
         self.root = os.path.join(os.path.abspath(folder), "clearml")
         self.file = os.path.join(self.root, "task.json")
-        known = graphs.read_json(self.file) or {}
+        try:
+            known = graphs.read_json(self.file)
+        except (OSError, ValueError):
+            known = None  # damaged: a new task gets the whole run
+        known = known if isinstance(known, dict) else {}
         self.online: str | None = known.get("online")
         self.offline: str | None = known.get("offline")
+        if self.offline is not None and not os.path.isdir(self.offline_folder):
+            self.offline = None
+        self.lock: Any = None
 
     @property
     def offline_folder(self) -> str:
         return os.path.join(self.root, "offline", str(self.offline))
+
+    def hold(self) -> bool:
+        """Whether no other process of this machine has the session; then it is this one's until it ends."""
+        os.makedirs(self.root, exist_ok=True)
+        self.lock = open(os.path.join(self.root, "lock"), "w")  # noqa: SIM115, closed with the process
+        try:
+            import fcntl
+
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold it too
+        except (BlockingIOError, PermissionError):  # which of them, systems differ
+            return False
+        except (ImportError, OSError):  # Windows, some network disks
+            pass
+        return True
 
     def note(self, task_id: str) -> None:
         if task_id.startswith("offline"):
             self.offline = task_id
         else:
             self.online = task_id
-        os.makedirs(self.root, exist_ok=True)
+        self.write()
+
+    def write(self) -> None:
         with open(self.file + ".tmp", "w", encoding="utf-8") as file:
             json.dump({"online": self.online, "offline": self.offline}, file)
         os.replace(self.file + ".tmp", self.file)
 
+    def drop_offline(self) -> None:
+        shutil.rmtree(os.path.join(self.root, "offline"), ignore_errors=True)
+        self.offline = None
+        self.write()
+
     def forget(self) -> None:
         """Of a run that starts anew in this folder."""
-        if os.path.exists(self.file):
-            shutil.rmtree(os.path.join(self.root, "offline"), ignore_errors=True)
-            os.remove(self.file)
-        self.online = self.offline = None
+        self.online = None
+        self.drop_offline()
 
 
 def import_session(session: Session) -> str:
-    """Send an offline session to the server; the id of its task there."""
+    """Send an offline session to the server and remove it; the id of its task there. Sent again after a failure, it
+    goes into the same task."""
+    Task = load_sdk().Task
     for name in ("metrics.jsonl", "log.jsonl"):
         drop_half_line(os.path.join(session.offline_folder, name))
-    task_id = load_sdk().Task.import_offline_session(session.offline_folder)
-    session.note(task_id)
-    return task_id
+
+    class Importer(Task):
+        @classmethod
+        def import_task(cls, *args: Any, **kwargs: Any) -> Any:
+            task = find_task(session.online) if session.online else None
+            if task is None:
+                task = super().import_task(*args, **kwargs)
+                session.note(task.id)  # at once: what fails from here on goes on in this task
+            return task
+
+    Importer.import_offline_session(session.offline_folder)
+    session.drop_offline()
+    assert session.online is not None
+    return session.online
 
 
 def drop_half_line(path: str) -> None:
@@ -580,26 +665,28 @@ def upload(folder: str) -> None:
     whose server went away. Sending it twice changes nothing.
 
     Raises:
-        ConfigError: no tracked run there, no server, or a task that it does not know.
+        ConfigError: no tracked run there, one that still runs, no server, or a task that it does not know.
     """
     session = Session(folder)
-    if session.online is None and (session.offline is None or not os.path.isdir(session.offline_folder)):
+    if session.online is None and session.offline is None:
         raise ConfigError(
             f"upload: no ClearML session in {session.root}; give the output_dir of a run that was tracked"
         )
-    reason = why_no_server()
+    reason = why_no_server() or why_no_files()
     if reason is not None:
         raise ConfigError(f"upload: {reason}; set it up with clearml-init")
-    task_id = session.online or import_session(session)
-    try:
-        task = load_sdk().Task.get_task(task_id=task_id)
-    except ValueError as error:
+    if not session.hold():
+        raise ConfigError(f"upload: a run or another upload uses {session.root}; wait for its end")
+    task_id = import_session(session) if session.offline else session.online
+    task = find_task(task_id)
+    if task is None:
         raise ConfigError(
-            f"upload: the server does not know task {task_id}; remove {session.file} to send it anew"
-        ) from error
+            f"upload: the server does not know task {task_id}; `python train.py --resume auto --output-dir "
+            f"{shlex.quote(folder)}` makes a new one of the run"
+        )
     task.mark_started(force=True)
-    report = TaskReport(task, folder)
     task.output_uri = upload_uri()
+    report = TaskReport(task, folder, no_files=None)
     report.so_far()
     report.outcome()
     report.artifacts()
@@ -616,11 +703,22 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 2 or argv[0] != "upload":
         print("usage: python tracking.py upload OUTPUT_DIR", file=sys.stderr)
         return 2
-    try:
-        upload(argv[1])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            upload(argv[1])
+        except Exception as error:  # of the SDK, the network, the server: anything
+            failed.append(error)
+
+    if not watched(work, CLOSE_SECONDS, ask_server=True):
+        give_up("ClearML: the server stopped answering; the same command sends the rest")
+        return 1
+    for error in failed:
+        line = " ".join(str(error).split())
+        known = isinstance(error, ConfigError)
+        print(f"error: {line if known else f'upload: {type(error).__name__}: {line[:200]}'}", file=sys.stderr)
+        return 2 if known else 1
     return 0
 
 

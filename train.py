@@ -13,6 +13,7 @@ Exit status: 0 finished; 2 wrong input; 3 stopped early and saved, `--resume aut
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -123,9 +124,8 @@ def main(config: Config, dashboard: Dashboard) -> int:
                         | {"store_side": data.store_side}
                     )
                 if not finished or (stop() and state.epoch < config.epochs):
-                    runtime.say(
-                        f"stopped: {stop.reason}; saved, `--resume auto --output-dir {config.output_dir}` continues"
-                    )
+                    folder = shlex.quote(config.output_dir)
+                    runtime.say(f"stopped: {stop.reason}; saved, `--resume auto --output-dir {folder}` continues")
                     return 3
 
     # The final and the best weights, at the sizes they were trained at and at test size

@@ -250,7 +250,7 @@ def test_many_classes_are_the_worst_and_a_table_of_confusions(tmp_path):
         def get_logger(self):
             return Logger()
 
-    tracking.TaskReport(Task(), str(tmp_path)).confusion("best", 0, matrix)
+    tracking.TaskReport(Task(), str(tmp_path), None).confusion("best", 0, matrix)
     shown, labels = told["confusion matrix"]
     # of the six classes of each kind (0, 1, ... 9 right) the worst 50: all up to 7 right, two of those with 8
     assert shown.shape == (50, 50) and "c0" in labels and "c9" not in labels and "c59" not in labels
@@ -273,7 +273,7 @@ def test_what_is_not_finite_is_flagged_and_never_sent_as_zero(tmp_path):
             sent.append((title, series, value, iteration))
 
     record = {"epoch": 3, "loss": 0.5, "val_loss": None, "top5": float("nan"), "non_finite": ["val_loss"]}
-    tracking.TaskReport(Task(), str(tmp_path)).epoch(record)
+    tracking.TaskReport(Task(), str(tmp_path), None).epoch(record)
     assert sent == [("loss", "train", 0.5, 3), ("non_finite", "val_loss", 1, 3)]
 
 
