@@ -121,7 +121,11 @@ class StoredImages:
 
     def pixels(self, index: int) -> Tensor:
         """Image `index`, uint8 (H, W, 3): a view of the file, not to be written to."""
-        offset, height, width, _ = self.index[index].tolist()
+        return self.view(self.index[index].tolist())
+
+    def view(self, row: Sequence[int]) -> Tensor:
+        """The image of a row of the index."""
+        offset, height, width, _ = row
         return self.flat[offset : offset + 3 * height * width].view(height, width, 3)
 
     @property
