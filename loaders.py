@@ -70,8 +70,8 @@ class CroppedImages(Dataset):
     def from_store(self, images: StoredImages, indices: list[int], numbers: Array) -> Iterator[tuple[Tensor, int]]:
         rows = images.index[indices]
         boxes = self.preset.boxes(numbers, rows["height"], rows["width"]).tolist()
-        for index, box in zip(indices, boxes):
-            yield resized_crop(images.pixels(index), box, self.preset.image_size), images.targets[index]
+        for index, row, box in zip(indices, rows.tolist(), boxes):
+            yield resized_crop(images.view(row), box, self.preset.image_size), images.targets[index]
 
     def from_file(self, index: int, numbers: Array) -> tuple[Tensor, int]:
         with opened(self.images, index) as (image, target):

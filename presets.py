@@ -66,9 +66,20 @@ def shear(image: Any, x: float, y: float, interpolation: InterpolationMode) -> A
 
 
 def translate(image: Any, x: float, y: float, interpolation: InterpolationMode) -> Any:
-    return F.affine(
-        image, angle=0.0, translate=[int(x), int(y)], scale=1.0, shear=[0.0, 0.0], interpolation=interpolation
-    )
+    right, down = int(x), int(y)
+    if isinstance(image, Tensor):  # whole pixels: what `affine` gives, by copying, in a tenth of its time
+        height, width = image.shape[-2:]
+        moved = torch.zeros_like(image)
+        kept = image[..., max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)]
+        moved[..., max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = kept
+        return moved
+    return F.affine(image, angle=0.0, translate=[right, down], scale=1.0, shear=[0.0, 0.0], interpolation=interpolation)
+
+
+def sharpen(image: Any, factor: float) -> Any:
+    if isinstance(image, Tensor) and image.ndim == 4:  # on a CPU its convolution is faster so, copies included
+        image = image.contiguous(memory_format=torch.channels_last)
+    return F.adjust_sharpness(image, factor)
 
 
 def shift(level: float, side: int) -> float:
@@ -97,7 +108,7 @@ OPERATIONS: dict[str, Operation] = {
     "Brightness": Operation(lambda image, amount, mode: F.adjust_brightness(image, factor(amount)), enhance, True),
     "Color": Operation(lambda image, amount, mode: F.adjust_saturation(image, factor(amount)), enhance, True),
     "Contrast": Operation(lambda image, amount, mode: F.adjust_contrast(image, factor(amount)), enhance, True),
-    "Sharpness": Operation(lambda image, amount, mode: F.adjust_sharpness(image, factor(amount)), enhance, True),
+    "Sharpness": Operation(lambda image, amount, mode: sharpen(image, factor(amount)), enhance, True),
     "Posterize": Operation(lambda image, amount, mode: F.posterize(image, int(amount)), lambda m, h, w: max(1, 8 - round(m / 7.5))),
     "Solarize": Operation(lambda image, amount, mode: F.solarize(image, amount), lambda m, h, w: max(0.0, on_range(255.0, 0.0, m))),
     "AutoContrast": Operation(lambda image, amount, mode: F.autocontrast(image)),

@@ -121,7 +121,11 @@ class StoredImages:
 
     def pixels(self, index: int) -> Tensor:
         """Image `index`, uint8 (H, W, 3): a view of the file, not to be written to."""
-        offset, height, width, _ = self.index[index].tolist()
+        return self.view(self.index[index].tolist())
+
+    def view(self, row: Sequence[int]) -> Tensor:
+        """The image of a row of the index."""
+        offset, height, width, _ = row
         return self.flat[offset : offset + 3 * height * width].view(height, width, 3)
 
     @property
@@ -142,13 +146,17 @@ class StoredImages:
         self.resident = resident.view(-1, 3)
 
     def damaged(self) -> bool:
-        """Whether any pixel differs from what was stored. Reads the whole file, which training wants in memory anyway."""
-        whole = self.flat.numpy()
+        """Whether any pixel differs from what was stored. Reads the whole file, which training wants in memory anyway;
+        not through the map, which would count as this process's memory."""
+        buffer = np.empty(int((3 * self.index["height"] * self.index["width"]).max()), np.uint8)
         rows = tqdm(self.index.tolist(), "checking the decode cache", unit="images", delay=2, leave=False, disable=None)
-        return any(
-            checksum(whole[offset : offset + 3 * height * width]) != expected
-            for offset, height, width, expected in rows
-        )
+        with open(self.path, "rb", buffering=0) as file:
+            for offset, height, width, expected in rows:
+                pixels = buffer[: 3 * height * width]
+                file.seek(HEADER + offset)
+                if file.readinto(pixels) != pixels.size or checksum(pixels) != expected:
+                    return True
+        return False
 
 
 def read_header(path: str) -> dict[str, Any]:

