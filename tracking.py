@@ -477,11 +477,14 @@ class ClearML(Dashboard):
 
     def in_time(self, work: Callable[[], None], limit: float) -> bool:
         """Do `work` in a thread; False if the server went away meanwhile, and the thread is left behind."""
-        return watched(work, limit, ask_server=self.offline_because is None)
+        if self.offline_because is not None:
+            return watched(work, limit, lambda: None)
+        takes_files = self.report is None or self.report.no_files is None
+        return watched(work, limit, lambda: why_no_server() or (takes_files and why_no_files()))
 
 
-def watched(work: Callable[[], None], limit: float, ask_server: bool = True) -> bool:
-    """Do `work` in a thread; False if it takes longer than `limit` seconds or the server does not answer any more."""
+def watched(work: Callable[[], None], limit: float, trouble: Callable[[], Any]) -> bool:
+    """Do `work` in a thread; False if it takes longer than `limit` seconds, or there is `trouble` twice in a row."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     deadline, silent = time.monotonic() + limit, 0
@@ -489,8 +492,7 @@ def watched(work: Callable[[], None], limit: float, ask_server: bool = True) -> 
         thread.join(PATIENCE)
         if not thread.is_alive():
             return True
-        if ask_server:
-            silent = silent + 1 if why_no_server() or why_no_files() else 0
+        silent = silent + 1 if trouble() else 0
     return not thread.is_alive()
 
 
@@ -711,7 +713,7 @@ def main(argv: Sequence[str]) -> int:
         except Exception as error:  # of the SDK, the network, the server: anything
             failed.append(error)
 
-    if not watched(work, CLOSE_SECONDS, ask_server=True):
+    if not watched(work, CLOSE_SECONDS, lambda: why_no_server() or why_no_files()):
         give_up("ClearML: the server stopped answering; the same command sends the rest")
         return 1
     for error in failed:

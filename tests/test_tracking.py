@@ -15,7 +15,7 @@ import time
 
 import pytest
 import yaml
-from clearml_server import ClearMLServer
+from clearml_server import ClearMLServer, Refused
 from conftest import ROOT, assert_same_bits, checkpoint, make_tree, metrics, program
 
 import config
@@ -592,3 +592,84 @@ def test_what_a_field_of_the_dashboard_means(name, text, value):
 def test_what_a_field_of_the_dashboard_cannot_mean(name, text):
     with pytest.raises(ConfigError, match=name):
         config.convert(name, config.from_text(name, text))
+
+
+# ---- at a bad moment ----
+
+
+def test_a_server_that_falls_silent_while_a_task_is_made(images, tmp_path):
+    def fall_silent(call, message):
+        if call.endpoint == "tasks.create":
+            double.hang()
+
+    with ClearMLServer(on_call=fall_silent) as double:
+        flags = [*RUN, "--data-path", images, "--output-dir", tmp_path / "run", "--epochs", "1"]
+        done = program(*flags, env=double.env(tmp_path / "cache"))
+        double.resume()
+    assert done.returncode == 0 and "ClearML: the server stopped answering; this run is not reported" in done.stdout
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_ctrl_c_ends_the_wait_for_a_server_and_keeps_the_outcome(images, tmp_path, server):
+    out = tmp_path / "run"
+    process = popen(*RUN, "--data-path", images, "--output-dir", out, "--epochs", "4", env=server.env(tmp_path / "c"))
+    wait_for_epochs(out, 1, process)
+    server.hang()
+    deadline = time.monotonic() + 60
+    while not (out / "summary.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and "ClearML: interrupted; all of the run is in" in printed
+    server.resume()
+
+
+def test_a_dead_store_of_files_costs_files_only(images, tmp_path, server):
+    out, env = tmp_path / "run", server.env(tmp_path / "cache")
+    env["CLEARML_FILES_HOST"] = f"http://127.0.0.1:{closed_port()}"
+    done = program(*RUN, "--data-path", images, "--output-dir", out, "--epochs", "200", "--time-budget", "8", env=env)
+    assert done.returncode == 3 and "pictures, artifacts and weights are not sent" in done.stdout
+    task = only_task(server)
+    assert task.status == "stopped" and list(task.scalars["loss", "train"]) == list(range(len(metrics(out))))
+    assert not task.images and not task.artifacts and not task.models["output"]
+    assert upload(out, server.env(tmp_path / "cache")).returncode == 0
+    assert (
+        len(task.images) == 1 and "metrics.jsonl" in task.artifacts and set(models_of(task)) == {"run best", "run last"}
+    )
+
+
+def test_a_run_that_goes_on_is_not_uploaded_under_its_feet(images, tmp_path, server):
+    out, env = tmp_path / "run", server.env(tmp_path / "cache")
+    process = popen(*RUN, "--data-path", images, "--output-dir", out, "--epochs", "100000", env=env)
+    wait_for_epochs(out, 1, process)
+    refused = upload(out, env)
+    assert refused.returncode == 2 and "a run or another upload uses" in refused.stderr
+    assert only_task(server).status == "in_progress" and process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_an_import_that_fails_goes_on_in_the_same_task(images, tmp_path, server):
+    out = tmp_path / "my run"
+    flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "2"]
+    done = program(*flags, env={**nowhere(tmp_path / "cache"), "PYTHONFAULTHANDLER": "1"})
+    assert done.returncode == 0 and f"`python tracking.py upload '{out}'`" in done.stdout
+    refuse = server.api.events_add_batch
+    server.api.events_add_batch = lambda events: (_ for _ in ()).throw(Refused(100, "no room"))
+    first = upload(out, server.env(tmp_path / "cache"))
+    server.api.events_add_batch = refuse
+    assert upload(out, server.env(tmp_path / "cache")).returncode == 0, first.stderr
+    task = only_task(server)  # no second one
+    assert task.status == "completed" and list(task.scalars["loss", "train"]) == [0, 1]
+
+
+def test_overwriting_forgets_the_older_run(images, tmp_path):
+    out, env = tmp_path / "run", nowhere(tmp_path / "cache")
+    flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "1"]
+    assert program(*flags, "--clearml", "offline", env=env).returncode == 0
+    assert program(*flags, "--clearml", "off", "--overwrite", "--time-budget", "0.01", env=env).returncode in (0, 3)
+    session = tracking.Session(str(out))
+    assert session.offline is None and session.online is None
+    (out / "clearml" / "task.json").write_text("{half")
+    assert tracking.Session(str(out)).online is None  # damaged: as if there were none
