@@ -13,8 +13,8 @@ from conftest import ROOT, make_tree
 from PIL import Image
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the program's own modules
-common, loader, step, end_to_end, progressive = map(
-    importlib.import_module, ["common", "loader", "step", "end_to_end", "progressive"]
+common, loader, step, end_to_end, progressive, tables = map(
+    importlib.import_module, ["common", "loader", "step", "end_to_end", "progressive", "tables"]
 )
 
 linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's /proc")
@@ -222,3 +222,27 @@ def test_earlier_rows_do_not_make_the_code_dirty(tmp_path, monkeypatch):
     assert common.commit() == "abc"
     code.write_text("pass")
     assert common.commit() == "abc-dirty"
+
+
+def test_the_tables_of_the_performance_page_are_the_rows(tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text(tables.PAGE.read_text())
+    tables.write(page)
+    assert page.read_text() == tables.PAGE.read_text()  # nothing typed by hand
+
+
+def test_a_table_shows_the_newest_run_of_each_setting(tmp_path, monkeypatch):
+    settings, machine = {"data": "photos", "image_size": 128, "policy": "ra"}, {"gpu": None, "cpu": "C", "cores": 2}
+    rows = [
+        {"way": "worker", "images_per_cpu_second": speed, "times_reference": times, "settings": settings, "machine": machine, "versions": {"torch": "2.6"}, "commit": "ab" * 20, "date": "2026-01-02T03"}
+        for speed, times in ((1234.4, 1.251), (2345.6, 2.349))
+    ]  # fmt: skip
+    (tmp_path / "loader.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = tables.table("loader").splitlines()
+    assert lines[2:] == [
+        "| photos | 128 | ra | worker | 2,346 | 2.35 |",
+        "",
+        "*`benchmarks/loader.py`: C, 2 cores, torch 2.6, commit abababababab, 2026-01-02*",
+    ]
+    assert tables.table("step").startswith("Not measured yet")

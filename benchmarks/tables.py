@@ -1,0 +1,92 @@
+"""Write the tables of docs/performance.md from the rows in benchmarks/results/.
+
+    python benchmarks/tables.py
+
+Each table stands between the marks `<!-- table NAME -->` and `<!-- end of table -->`, NAME as in TABLES. The rows of a
+benchmark's newest run with the same settings count.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+
+# Table: the file of rows, the ways shown, and columns: heading, key of a row or of its settings (after a dot), format.
+TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]] = {
+    "loader": ("loader", ("reference", "worker", "store-worker", "store-device"), (
+        ("images", ".data", "{}"), ("crop, px", ".image_size", "{}"), ("policy", ".policy", "{}"), ("way", "way", "{}"),
+        ("images/s per core", "images_per_cpu_second", "{:,.0f}"), ("times the reference", "times_reference", "{:.2f}"),
+    )),
+    "build": ("loader", ("decode-once", "build-store"), (
+        ("images", ".data", "{}"), ("crop, px", ".image_size", "{}"), ("way", "way", "{}"), ("seconds", "seconds", "{:.1f}"),
+        ("images/s", "images_per_second", "{:,.0f}"), ("memory, GiB", "peak_rss_gib", "{:.2f}"), ("times decoding once", "times_decode_once", "{:.2f}"),
+    )),
+    "step": ("step", ("bare", "ours", "ours-ema", "reference"), (
+        ("model", ".model", "{}"), ("size, px", ".image_size", "{}"), ("batch", ".batch_size", "{}"), ("way", "way", "{}"),
+        ("images/s", "images_per_second", "{:,.1f}"), ("times the bare loop's time", "times_bare", "{:.3f}"),
+    )),
+    "end_to_end": ("end_to_end", ("train", "ceiling", "reference"), (
+        ("images", ".data", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("images/s", "images_per_second", "{:,.0f}"),
+        ("waiting", "data_wait_fraction", "{:.1%}"), ("share of the ceiling", "share_of_ceiling", "{:.2f}"), ("times the reference", "times_reference", "{:.2f}"),
+    )),
+    "progressive": ("progressive", ("staged", "fixed"), (
+        ("images", ".data", "{}"), ("sizes, px", ".image_size", "{}"), ("epochs", ".epochs", "{}"), ("way", "way", "{}"), ("training, s", "train_seconds", "{:.0f}"),
+        ("relative cost", "relative_cost", "{:.3f}"), ("time ratio", "time_ratio", "{:.3f}"), ("over relative cost", "times_relative_cost", "{:.3f}"),
+    )),
+}  # fmt: skip
+
+
+def newest(rows: list[dict[str, Any]], ways: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Of each (settings, way, size) the latest row, in the order in which the settings first came."""
+    kept: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["way"] in ways:
+            key = json.dumps([row["settings"], row["machine"], row["way"], row.get("image_size")], sort_keys=True)
+            kept[key] = row
+    return list(kept.values())
+
+
+def table(name: str) -> str:
+    """One of TABLES as Markdown, with the machine and the versions its rows come from."""
+    file, ways, columns = TABLES[name]
+    path = RESULTS / f"{file}.json"
+    rows = newest(json.loads(path.read_text()), ways) if path.exists() else []
+    if not rows:
+        return f"Not measured yet: `python benchmarks/{file}.py --help`."
+    shown = [column for column in columns if any(look_up(row, column[1]) is not None for row in rows)]
+    lines = ["| " + " | ".join(heading for heading, _, _ in shown) + " |", "|" + "---|" * len(shown)]
+    for row in rows:
+        values = [(look_up(row, key), form) for _, key, form in shown]
+        lines.append("| " + " | ".join("" if value is None else form.format(value) for value, form in values) + " |")
+    sources = sorted({source(row) for row in rows})
+    return "\n".join([*lines, "", f"*`benchmarks/{file}.py`: {'; '.join(sources)}*"])
+
+
+def look_up(row: dict[str, Any], key: str) -> Any:
+    value = row["settings"].get(key[1:]) if key.startswith(".") else row.get(key)
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def source(row: dict[str, Any]) -> str:
+    machine, versions = row["machine"], row["versions"]
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    return f"{device}, torch {versions['torch']}, commit {(row['commit'] or 'none')[:12]}, {row['date'][:10]}"
+
+
+def write(page: Path = PAGE) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in TABLES:
+        text = re.sub(
+            rf"(<!-- table {name} -->\n).*?(<!-- end of table -->)",
+            lambda found, name=name: found[1] + table(name) + "\n" + found[2],
+            text,
+            flags=re.S,
+        )
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
