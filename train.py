@@ -83,7 +83,8 @@ def main(config: Config, dashboard: Dashboard) -> int:
 
     # One step and a few images of every stage to come: what does not fit or cannot be read shows now, not in hours
     ahead = [stage for stage in stages if stage.epochs.stop > state.epoch]
-    data = with_store(config, data, runtime, reserved=rehearse(ahead, learner, len(data.train)))
+    reserved = rehearse(ahead, learner, len(data.train))
+    data = with_store(config, data, runtime, reserved)  # decoded once; on the GPU if training leaves it room
     if checkpoint is not None:
         check_store(checkpoint, config, data.store_side)
     val_loader = eval_loader(config, data, runtime, config.val_crop_size)
