@@ -213,7 +213,11 @@ class BatchPreset:
             images = rand_augment(images, draws[:, OPS], draws[:, SIGNS], self.level)
         mean, std = (np.array(values, dtype=np.float32).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         scale, shift = (to_device(values, images.device) for values in (1 / (255 * std), mean / std))
-        out = torch.empty_like(images, dtype=torch.float32).copy_(images).mul_(scale).sub_(shift)
+        out = torch.empty_like(images, dtype=torch.float32)
+        # On a CPU in pieces that stay in its cache: three passes over a whole batch take three times as long.
+        piece = len(images) if images.is_cuda else 8
+        for pixels, part in zip(images.split(piece), out.split(piece)):
+            part.copy_(pixels).mul_(scale).sub_(shift)
         erased = draws[:, ERASE] < self.random_erase
         if erased.any():
             boxes = erase_boxes(draws[:, ERASED], images.shape[-1]) * erased[:, None]

@@ -374,6 +374,17 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(jpeg, box, size, diviso
     assert abs((ours - theirs).mean()) < 0.3  # no brighter, and no edge moved
 
 
+@pytest.mark.parametrize("shape", [(375, 500), (224, 224), (40, 900), (900, 40), (3, 2)])  # the long ones fit no crop
+def test_crops_are_drawn_as_torchvision_draws_them(shape):
+    crop, image = presets.RandomResizedCrop(32), Image.new("RGB", shape[::-1])
+    for seed in range(300):
+        torch.manual_seed(seed)
+        ours, next_of_ours = crop.box(*shape), torch.rand(1)
+        torch.manual_seed(seed)
+        theirs = v1.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+        assert ours == tuple(theirs) and next_of_ours == torch.rand(1)  # as many draws, too
+
+
 def test_the_training_preset_draws_torchvision_s_crop_before_it_decodes(jpeg):
     ours, theirs = train_preset(image_size=32, hflip_prob=0), v1.RandomResizedCrop(32)
     for seed in range(20):
