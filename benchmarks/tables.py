@@ -28,6 +28,10 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
         ("model", ".model", "{}"), ("size, px", ".image_size", "{}"), ("batch", ".batch_size", "{}"), ("way", "way", "{}"),
         ("images/s", "images_per_second", "{:,.1f}"), ("times the bare loop's time", "times_bare", "{:.3f}"),
     )),
+    "memory": ("step", ("fresh", "stage-to-stage"), (
+        ("model", ".model", "{}"), ("batch", ".batch_size", "{}"), ("size, px", "image_size", "{}"), ("process", "way", "{}"),
+        ("most memory, GiB", "peak_memory_gib", "{:.2f}"), ("times a fresh one", "times_fresh", "{:.2f}"),
+    )),
     "end_to_end": ("end_to_end", ("train", "ceiling", "reference"), (
         ("images", ".data", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("images/s", "images_per_second", "{:,.0f}"),
         ("waiting", "data_wait_fraction", "{:.1%}"), ("share of the ceiling", "share_of_ceiling", "{:.2f}"), ("times the reference", "times_reference", "{:.2f}"),
