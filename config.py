@@ -69,6 +69,7 @@ class Config:
     cache_dataset: bool = setting(False, "keep the list of an imagefolder's files for the next start; listed anew when a class folder changed", kind="bool", group="data")
     decode_cache: str = setting("auto", "keep images decoded, once for all epochs and runs: auto (where there is room), off, or the folder to keep them in", kind="str", group="data")
     augment_on: str = setting("auto", "augment image by image in workers, or in batches on the device; auto: device if that is CUDA and the policy has a batch form (ra or none)", kind="str", group="data", choices=("auto", "worker", "device"))
+    decode_on: str = setting("worker", "decode each time in workers, or JPEGs in batches on a CUDA GPU (nvJPEG; needs decode_cache off, augment_on device)", kind="str", group="data", choices=("worker", "device"))
     workers: int = setting(16, "processes that load images, per process that trains; 0 loads in the training process", kind="int", group="data", interval="[0, 1024]", flags=["-j"])
 
     # The model
@@ -195,6 +196,7 @@ NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "cache_dataset": ("dataset", ("imagefolder",)),
     "backend": ("augment_on", ("auto", "worker")),
     "use_v2": ("augment_on", ("auto", "worker")),
+    "decode_on": ("decode_cache", ("off",)),
     "clearml_project": ("clearml", ("auto", "online", "offline")),
     "clearml_task": ("clearml", ("auto", "online", "offline")),
     "clearml_tags": ("clearml", ("auto", "online", "offline")),
@@ -326,6 +328,8 @@ def check(config: Config) -> None:
             )
         if config.interpolation != "bilinear":
             raise ConfigError(f"augment_on device is bilinear; use augment_on worker for {config.interpolation}")
+    if config.decode_on == "device" and config.augment_on == "worker":
+        raise ConfigError("decode_on device leaves no image for augment_on worker; use augment_on device")
     if config.dataset == "digits" and config.decode_cache not in ("auto", "off"):
         raise ConfigError("decode_cache has no effect with dataset digits, which is in memory; leave it out")
     if not config.decode_cache:

@@ -1,22 +1,26 @@
 """Loaders: the order of samples and every augmentation follow from (seed, epoch, index), so any worker may load
 any sample and a run may resume at any step; and what changes with a stage costs no waiting."""
 
+import io
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, InterpolationMode
 from torchvision.utils import make_grid
 
 import presets
 from batch_presets import FLIP, Array, BatchPreset, resized_crop, resized_crops, to_device, uniforms
-from config import Config
-from data import Data, Draw, DrawSampler, Images, opened
-from presets import batch_mix, denormalise, eval_preset, train_preset
+from config import Config, ConfigError
+from data import Data, Draw, DrawSampler, Images, ImageTree, opened
+from presets import batch_mix, denormalise, eval_preset, to_rgb, train_preset
 from store import StoredImages
 from utils import MIX, SAMPLE, Runtime, close_loader, drawing_from, ignore_signals
 
@@ -80,6 +84,54 @@ class CroppedImages(Dataset):
             return torch.from_numpy(np.array(crop)).permute(2, 0, 1), target
 
 
+class Files(Dataset):
+    """Batches of files as they are, for the device to decode: bytes of each, a list of uint8 (n,), class numbers (N,),
+    keys of the samples (N, 3)."""
+
+    def __init__(self, images: ImageTree):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, draws: Sequence[Draw]) -> tuple[list[Tensor], Tensor, Tensor]:
+        paths, targets = zip(*(self.images.samples[index] for _, index, _ in draws))
+        try:
+            files = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in paths]
+        except OSError as error:
+            raise ConfigError(f"{error.filename} cannot be read: {error.strerror}; mend or remove it") from error
+        return files, torch.tensor(targets), torch.tensor(draws)
+
+
+def decode_batch(files: Sequence[Tensor], paths: Sequence[str], device: torch.device) -> list[Tensor]:
+    """Images on `device`, uint8 (H, W, 3). JPEGs in one batch, by nvJPEG on CUDA; other formats, and a batch with a
+    JPEG that it refuses, by PIL on the host.
+
+    Raises:
+        ConfigError: one cannot be read, by its path.
+    """
+
+    def by_pil(file: Tensor, path: str) -> Tensor:
+        try:
+            return torch.from_numpy(np.array(to_rgb(Image.open(io.BytesIO(file.numpy().tobytes()))))).to(device)
+        except Exception as error:  # what PIL raises on a damaged file varies with the damage
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"{path} cannot be read as an image: {reason}; mend or remove it") from error
+
+    is_jpeg = [file[:3].tolist() == [0xFF, 0xD8, 0xFF] for file in files]
+    jpegs = [file for file, jpeg in zip(files, is_jpeg) if jpeg]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision moves decoding to another package
+            decoded = decode_jpeg(jpegs, ImageReadMode.RGB, device) if jpegs else []
+    except RuntimeError:
+        is_jpeg, decoded = [False] * len(files), []
+    ready = iter(decoded)
+    return [
+        next(ready).permute(1, 2, 0) if jpeg else by_pil(file, path) for file, path, jpeg in zip(files, paths, is_jpeg)
+    ]
+
+
 class EvalImages(Dataset):
     """Every world_size-th image under a fixed transform, from number `rank` on: no image twice."""
 
@@ -124,6 +176,7 @@ class TrainLoader:
 
     transform: of one image, applied by workers; or a preset for batches, of which workers do the crop and the
         device the rest, or the device all of it if `images` lie there
+    decode_on_device: the images are files, and workers only read them
     epochs: of the stage; an epoch's last step is followed by loading the next one's first
     wait_seconds: time the last epoch's loop has spent waiting for images
     when_drained: called once, when the last step of `epochs` has been handed to the workers
@@ -139,6 +192,7 @@ class TrainLoader:
         workers: int = 0,
         mix: nn.Module | None = None,
         epochs: range = range(0),
+        decode_on_device: bool = False,
     ):
         self.images = images
         self.transform = transform
@@ -156,6 +210,8 @@ class TrainLoader:
             self.loader = make_loader(dataset, runtime, workers, batch_sampler=sampler)
         elif isinstance(images, StoredImages) and images.resident is not None:
             self.loader = sampler  # nothing to load
+        elif decode_on_device:
+            self.loader = make_loader(Files(images), runtime, workers, batch_sampler=sampler, collate_fn=as_it_is)
         else:
             crops = CroppedImages(images, transform, sampler.seed)
             self.loader = make_loader(crops, runtime, workers, batch_sampler=sampler, collate_fn=as_it_is)
@@ -220,31 +276,47 @@ class TrainLoader:
             keys = loaded
         else:
             images, targets, *rest = loaded
-            images = images.to(device, non_blocking=True)
-            targets = targets.to(device, non_blocking=True)
             keys = rest and rest[0].tolist()
+            images = (
+                self.crop_decoded(images, keys) if isinstance(images, list) else images.to(device, non_blocking=True)
+            )
+            targets = targets.to(device, non_blocking=True)
         if isinstance(self.transform, BatchPreset):
             images = self.transform.finish(images, uniforms(self.sampler.seed, keys))
         return images.to(memory_format=memory_format), targets
 
     def crop_resident(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-        store, preset = self.images, self.transform
-        assert isinstance(store, StoredImages) and isinstance(preset, BatchPreset) and store.resident is not None
+        store = self.images
+        assert isinstance(store, StoredImages) and store.resident is not None
         rows = store.index[[index for _, index, _ in draws]]
-        numbers = uniforms(self.sampler.seed, draws, slice(0, FLIP + 1))
-        boxes = preset.boxes(numbers, rows["height"], rows["width"])
-        images = resized_crops(
-            store.resident, rows["offset"] // 3, rows["width"], boxes, preset.flips(numbers), preset.image_size
-        )
+        images = self.crop(store.resident, rows["offset"] // 3, rows["height"], rows["width"], draws)
         targets = np.array([store.targets[index] for _, index, _ in draws])
         return images, to_device(targets, self.runtime.device)
+
+    def crop_decoded(self, files: list[Tensor], draws: Sequence[Draw]) -> Tensor:
+        assert isinstance(self.images, ImageTree)
+        paths = [self.images.samples[index][0] for _, index, _ in draws]
+        decoded = decode_batch(files, paths, self.runtime.device)
+        heights, widths = np.array([image.shape[:2] for image in decoded]).T
+        starts = np.cumsum(heights * widths) - heights * widths
+        return self.crop(torch.cat([image.reshape(-1, 3) for image in decoded]), starts, heights, widths, draws)
+
+    def crop(
+        self, flat: Tensor, starts: np.ndarray, heights: np.ndarray, widths: np.ndarray, draws: Sequence[Draw]
+    ) -> Tensor:
+        """The crops that `draws` make of whole images, which lie one after the other in `flat`, (P, 3)."""
+        preset = self.transform
+        assert isinstance(preset, BatchPreset)
+        numbers = uniforms(self.sampler.seed, draws, slice(0, FLIP + 1))
+        boxes = preset.boxes(numbers, heights, widths)
+        return resized_crops(flat, starts, widths, boxes, preset.flips(numbers), preset.image_size)
 
     def samples(self, draws: Sequence[Draw]) -> Tensor:
         """Augmented images by their keys, unmixed, on the CPU."""
         if isinstance(self.loader, DrawSampler):
             return self.augment(draws)[0].cpu()
         dataset = self.loader.dataset
-        if isinstance(dataset, CroppedImages):
+        if isinstance(dataset, CroppedImages | Files):
             return self.augment(dataset.__getitems__(draws))[0].cpu()
         return torch.stack([dataset[draw][0] for draw in draws])
 
@@ -279,17 +351,34 @@ def train_loader(config: Config, data: Data, runtime: Runtime, stage: Any) -> Tr
     repeats = config.ra_reps if config.ra_sampler else 1
     sampler = DrawSampler(len(data.train), stage.batch_size, config.seed, runtime.rank, runtime.world_size, repeats)
     mix = batch_mix(stage.mixup_alpha, stage.cutmix_alpha, len(data.classes))
-    return TrainLoader(data.train, transform, sampler, runtime, workers=config.workers, mix=mix, epochs=stage.epochs)
+    return TrainLoader(
+        data.train,
+        transform,
+        sampler,
+        runtime,
+        workers=config.workers,
+        mix=mix,
+        epochs=stage.epochs,
+        decode_on_device=config.decode_on == "device",
+    )
 
 
 def augment_on(config: Config, runtime: Runtime) -> str:
     """`augment_on` with auto resolved: device on CUDA, where a GPU would wait for the workers, if the settings have a
-    form for batches; else worker, which leaves the processor that trains to training."""
-    if config.augment_on != "auto":
-        return config.augment_on
-    batched = config.auto_augment in (None, "ra") and config.interpolation == "bilinear"
-    own_way = config.backend != "pil" or config.use_v2  # asked for by hand
-    return "device" if runtime.device.type == "cuda" and batched and not own_way else "worker"
+    form for batches; else worker, which leaves the processor that trains to training.
+
+    Raises:
+        ConfigError: decode_on device, where it cannot be.
+    """
+    on_cuda = runtime.device.type == "cuda"
+    way = config.augment_on
+    if way == "auto":
+        batched = config.auto_augment in (None, "ra") and config.interpolation == "bilinear"
+        own_way = config.backend != "pil" or config.use_v2  # asked for by hand
+        way = "device" if on_cuda and batched and not own_way else "worker"
+    if config.decode_on == "device" and not (on_cuda and way == "device" and config.dataset != "digits"):
+        raise ConfigError("decode_on device needs image files, a CUDA GPU and augment_on device; leave it out")
+    return way
 
 
 # ---- evaluation, pictures ----
