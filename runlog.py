@@ -263,19 +263,16 @@ def device_name(runtime: Runtime) -> str:
 
 
 def host_memory_gib() -> float | None:
-    """Most memory the training process and its largest worker held, GiB; None where the system does not count it."""
+    """Most memory the training process has held, GiB, workers left out; None where the system does not count it."""
+    if os.path.exists("/proc/self/status"):  # Linux's getrusage begins at the peak of the program that started this one
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next((int(line.split()[1]) / 2**20 for line in file if line.startswith("VmHWM:")), None)
     try:
         import resource
     except ImportError:  # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    own, workers = (
-        resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    if os.path.exists("/proc/self/status"):  # Linux's ru_maxrss begins at the peak of the program that started this one
-        with open("/proc/self/status", encoding="ascii") as file:
-            own = next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")), own)
-    return (own + workers) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def commit() -> str | None:

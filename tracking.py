@@ -359,7 +359,7 @@ class ClearML(Dashboard):
             self.report = made[0]
             if self.offline_because is not None:
                 print(
-                    f"ClearML: offline, {self.offline_because}; the session lies in {self.session.root}, "
+                    f"ClearML: offline, {self.offline_because}; the session lies in {os.path.join(self.folder, 'clearml')}, "
                     f"`{upload_command(self.folder)}` sends it to a server",
                     flush=True,
                 )
