@@ -299,18 +299,9 @@ def build(path: str, images: ImageTree, side: int) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise full_or_same(error, path) from error
-    except ConfigError as error:
-        raise type(error)(last_line(error)) from error  # a worker's comes wrapped in its traceback
     finally:
         with suppress(OSError):
             os.remove(temporary)
-
-
-def last_line(error: Exception) -> str:
-    line = str(error).strip().splitlines()[-1]
-    for name in ("config.ConfigError: ", "store.NoRoom: "):
-        line = line.removeprefix(name)
-    return line
 
 
 def digest(root: str) -> str:

@@ -225,9 +225,7 @@ def run(argv: Sequence[str]) -> int:
             print(json.dumps(plan, indent=2) if config.plan == "json" else format_plan(plan))
         return 0
     except ConfigError as error:
-        # The last line: an error of a loader's worker comes wrapped in that worker's traceback.
-        line = str(error).strip().splitlines()[-1].removeprefix("config.ConfigError: ")
-        print(f"{who}error: {line}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         return 2
     except NonFiniteLoss as error:
         print(f"{who}error: {error}", file=sys.stderr)

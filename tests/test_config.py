@@ -4,6 +4,7 @@ import re
 import subprocess
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, program
 
@@ -254,3 +255,26 @@ def test_the_table_of_results_is_what_the_runs_say():
     page = (ROOT / "docs" / "results.md").read_text()
     assert results_table(str(ROOT / "results")) in page
     assert "| [imagenette_b0_fixed](../results/imagenette_b0_fixed/config.yaml) | 128 | 4 | 63.62 |" in page
+
+
+class Refused(ConfigError):
+    """Another type than its base, as the loader's worker names it."""
+
+
+class Faulty(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", [ConfigError, Refused])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_loader_s_worker_keeps_its_type_and_its_one_line(kind, workers):
+    with pytest.raises(ConfigError) as caught:
+        list(torch.utils.data.DataLoader(Faulty(kind("a.png: no image; remove it")), num_workers=workers))
+    assert type(caught.value) is kind and str(caught.value) == "a.png: no image; remove it"
