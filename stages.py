@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import Config, ConfigError
-from data import DrawSampler
-from learner import Learner
-from loaders import TrainLoader
-from models import build_on_meta, first_line, gflops_per_image, set_dropout, set_stochastic_depth
+from images.datasets import DrawSampler
+from images.loaders import TrainLoader
+from learning.learner import Learner
+from learning.models import build_on_meta, first_line, gflops_per_image, set_dropout, set_stochastic_depth
+from settings.resolve import Config, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,18 +25,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoint import check_data, check_store, find_checkpoint
-from config import Config, ConfigError
-from data import load_data
-from learner import Learner, RunState
-from loaders import TrainLoader, augment_on, eval_loader, sample_grid, train_loader
-from models import build_model, read_weights
-from optim import build_optimizer, learning_rate_schedule, set_learning_rate
-from runlog import Dashboard, Progress, RunLog, check_folder, epoch_record, summarise
-from scores import NonFiniteLoss, Score, TrainingLoss
+from images.datasets import load_data
+from images.loaders import TrainLoader, augment_on, eval_loader, sample_grid, train_loader
+from images.store import with_store
+from learning.checkpoint import check_data, check_store, find_checkpoint
+from learning.learner import Learner, RunState
+from learning.models import build_model, read_weights
+from learning.optim import build_optimizer, learning_rate_schedule, set_learning_rate
+from learning.scores import NonFiniteLoss, Score, TrainingLoss
+from reporting.log import Dashboard, Progress, RunLog, check_folder, epoch_record, summarise
+from settings.resolve import Config, ConfigError
 from stages import StageScheduler, describe_plan, format_plan, plan_stages, rehearse
-from store import with_store
-from tracking import find_dashboard, leave, resolve
+from tracking.run import find_dashboard, leave, resolve
 from utils import EMA, Runtime, Stop, closing_loader, share_buffers, share_weights, start_runtime
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from config import Config, ConfigError, seconds
+from settings.resolve import Config, ConfigError, seconds
 
 # ---- random numbers by key ----
 

@@ -24,8 +24,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts run in place; the program's modules lie one folder up
 
-import runlog  # noqa: E402
-from config import ConfigError  # noqa: E402
+from reporting import log as runlog  # noqa: E402
+from settings.resolve import ConfigError  # noqa: E402
 from utils import find_device  # noqa: E402
 
 Measures = dict[str, Any]

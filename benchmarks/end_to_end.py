@@ -34,7 +34,7 @@ import torch
 from loader import ReferenceLoader
 from step import ResidentBatches, build_learner, train_epoch
 
-from config import ConfigError, resolve
+from settings.resolve import ConfigError, resolve
 from stages import plan_stages, set_drop_rates
 from utils import find_device, start_runtime
 

@@ -35,12 +35,12 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
-from config import resolve
-from data import load_data
-from loaders import TrainLoader, train_loader
+from images.datasets import load_data
+from images.loaders import TrainLoader, train_loader
+from images.store import with_store
 from presets import IMAGENET_MEAN, IMAGENET_STD
+from settings.resolve import resolve
 from stages import plan_stages
-from store import with_store
 from utils import Runtime, start_runtime
 
 OURS = {  # our ways: whether images come from the store, and where they are augmented

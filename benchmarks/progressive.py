@@ -25,7 +25,7 @@ from pathlib import Path
 import common
 from end_to_end import run_training
 
-from config import resolve
+from settings.resolve import resolve
 
 
 def measure(flags: Sequence[str], scratch: str) -> common.Measures:

@@ -27,11 +27,11 @@ import common
 import torch
 from torch import Tensor, nn
 
-from config import Config, resolve
-from learner import Learner, RunState
-from models import build_model
-from optim import build_optimizer, learning_rate_schedule
-from runlog import Progress
+from learning.learner import Learner, RunState
+from learning.models import build_model
+from learning.optim import build_optimizer, learning_rate_schedule
+from reporting.log import Progress
+from settings.resolve import Config, resolve
 from stages import Stage, plan_stages, set_drop_rates
 from train import train_one_epoch
 from utils import EMA, Runtime, Stop, start_runtime

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import models
+from learning import models
 
 # Every kind of layer of EfficientNetV2, in a size that trains in milliseconds. Known in this process only.
 TINY = (((True, 1, 1, 32, 16, 1), (True, 4, 2, 16, 32, 2), (False, 4, 2, 32, 48, 2)), 0.25, 1.0, 0.2)

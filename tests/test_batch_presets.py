@@ -13,9 +13,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as v1_functional
 from torchvision.transforms.v2 import functional as F
 
-import batch_presets
-import loaders
-from batch_presets import (
+from augment import batch as batch_presets
+from augment.batch import (
     CROP,
     ERASED,
     NUM_DRAWS,
@@ -27,10 +26,11 @@ from batch_presets import (
     resized_crops,
     uniforms,
 )
-from config import ConfigError, resolve
-from data import DrawSampler, ImageTree
-from loaders import TrainLoader, augment_on
+from images import loaders
+from images.datasets import DrawSampler, ImageTree
+from images.loaders import TrainLoader, augment_on
 from presets import IMAGENET_STD, OPERATIONS
+from settings.resolve import ConfigError, resolve
 from utils import Runtime
 
 NAMES = list(OPERATIONS)

@@ -8,8 +8,8 @@ import torch
 import yaml
 from conftest import ROOT, program
 
-from config import SETTINGS, ConfigError, resolve, seconds
-from graphs import results_table
+from reporting.page import results_table
+from settings.resolve import SETTINGS, ConfigError, resolve, seconds
 from train import run
 
 

@@ -10,15 +10,15 @@ import torch
 from conftest import make_tree
 from PIL import Image
 
-import data
-import loaders
-from batch_presets import BatchPreset
-from config import ConfigError, resolve
-from data import Data, Digits, DrawSampler, ImageTree, load_data
-from loaders import DrawnImages, EvalImages, TrainLoader, eval_loader, sample_grid, train_loader
+from augment.batch import BatchPreset
+from images import datasets as data
+from images import loaders
+from images.datasets import Data, Digits, DrawSampler, ImageTree, load_data
+from images.loaders import DrawnImages, EvalImages, TrainLoader, eval_loader, sample_grid, train_loader
+from images.store import with_store
 from presets import batch_mix, denormalise, train_preset
+from settings.resolve import ConfigError, resolve
 from stages import StageScheduler, plan_stages
-from store import with_store
 from utils import Runtime, close_loader
 
 CPU = Runtime(device=torch.device("cpu"))

@@ -7,8 +7,7 @@ from torch import nn
 from torchvision.models import get_model
 from torchvision.ops import StochasticDepth
 
-from config import ConfigError, resolve
-from models import (
+from learning.models import (
     available,
     build_model,
     check_name,
@@ -18,6 +17,7 @@ from models import (
     set_dropout,
     set_stochastic_depth,
 )
+from settings.resolve import ConfigError, resolve
 from stages import describe_plan, plan_stages
 
 SMALL = "shufflenet_v2_x0_5"  # 0.34 million weights below its head of 1024 columns

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from config import ConfigError, resolve
+from settings.resolve import ConfigError, resolve
 from stages import describe_plan, plan_stages, released_image_size, stage_value
 from train import run
 

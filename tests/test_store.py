@@ -13,10 +13,10 @@ import torch
 from conftest import SMALL, assert_same_bits, checkpoint, make_tree
 from PIL import Image, ImageFilter
 
-import store
-from config import ConfigError, resolve
-from data import Data, Digits, ImageTree, load_data
-from store import StoredImages, available_memory, checksum, store_side, stored_size, with_store
+from images import store
+from images.datasets import Data, Digits, ImageTree, load_data
+from images.store import StoredImages, available_memory, checksum, store_side, stored_size, with_store
+from settings.resolve import ConfigError, resolve
 from train import run
 from utils import Runtime
 

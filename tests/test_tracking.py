@@ -18,9 +18,9 @@ import yaml
 from clearml_server import ClearMLServer, Refused
 from conftest import ROOT, assert_same_bits, checkpoint, make_tree, metrics, program
 
-import config
-import tracking
-from config import ConfigError
+from settings import resolve as config
+from settings.resolve import ConfigError
+from tracking import run as tracking
 
 RUN = ["--model", "mobilenet_v3_small", "--device", "cpu", "--workers", "0", "--lr", "0.01", "--batch-size", "8", "--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32", "--print-freq", "100"]  # fmt: skip
 STAGES = ["--stages", "2", "--epochs", "4", "--train-crop-size", "32", "64", "--dropout", "0.1", "0.4", "--stochastic-depth-prob", "0", "0.2", "--auto-augment", "ra", "--ra-magnitude", "5", "15", "--mixup-alpha", "0", "0.2", "--model-ema", "--model-ema-steps", "1", "--model-ema-decay", "0.7"]  # fmt: skip
@@ -376,7 +376,7 @@ def test_without_a_server_auto_is_offline_and_says_why(images, tmp_path, server,
     done = program(*flags, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("ClearML: offline")]
-    assert said in line and str(out / "clearml") in line and f"python tracking.py upload {out}" in line
+    assert said in line and str(out / "clearml") in line and f"python -m tracking upload {out}" in line
     assert (out / "summary.json").exists()
     if why in ("refused", "wrong keys"):
         asked = program(*flags, "--overwrite", "--clearml", "online", env=env)
@@ -396,7 +396,7 @@ def test_a_server_lost_in_mid_run_costs_nothing(images, tmp_path, server, how):
     assert process.returncode == 0, printed
     assert [record["epoch"] for record in metrics(out)] == list(range(8)) and (out / "summary.json").exists()
     (line,) = [line for line in printed.splitlines() if line.startswith("ClearML: the server stopped answering")]
-    assert f"python tracking.py upload {out}" in line
+    assert f"python -m tracking upload {out}" in line
     # it comes back, and gets the rest
     server.start() if how == "stop" else server.resume()
     assert upload(out, env).returncode == 0
@@ -410,7 +410,7 @@ def test_a_server_lost_in_mid_run_costs_nothing(images, tmp_path, server, how):
 
 def upload(folder, env):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, str(ROOT / "tracking.py"), "upload", str(folder)]
+    command = [sys.executable, "-m", "tracking", "upload", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT)
 
 
@@ -458,7 +458,7 @@ def test_a_killed_session_is_uploaded_without_a_resume(images, tmp_path, server)
 
 def test_upload_says_what_it_needs(tmp_path, server, capsys):
     assert tracking.main(["send"]) == 2
-    assert capsys.readouterr().err == "usage: python tracking.py upload OUTPUT_DIR\n"
+    assert capsys.readouterr().err == "usage: python -m tracking upload OUTPUT_DIR\n"
     assert tracking.main(["upload", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert "no ClearML session" in told and told.count("\n") == 1
@@ -519,9 +519,10 @@ def repository(tmp_path_factory):
 
     git("init", "--quiet", "--bare", "-b", "main", origin, cwd=folder)
     git("clone", "--quiet", f"file://{origin}", clone, cwd=folder)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt")]:
-        shutil.copy(path, clone)
-    shutil.copytree(ROOT / "configs", clone / "configs")
+    kept = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True, capture_output=True)
+    for name in kept.stdout.splitlines():
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
     git("add", ".")
     git("commit", "--quiet", "-m", "all")
     git("push", "--quiet", "origin", "HEAD:main")
@@ -654,7 +655,7 @@ def test_an_import_that_fails_goes_on_in_the_same_task(images, tmp_path, server)
     out = tmp_path / "my run"
     flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "2"]
     done = program(*flags, env={**nowhere(tmp_path / "cache"), "PYTHONFAULTHANDLER": "1"})
-    assert done.returncode == 0 and f"`python tracking.py upload '{out}'`" in done.stdout
+    assert done.returncode == 0 and f"`python -m tracking upload '{out}'`" in done.stdout
     refuse = server.api.events_add_batch
     server.api.events_add_batch = lambda events: (_ for _ in ()).throw(Refused(100, "no room"))
     first = upload(out, server.env(tmp_path / "cache"))

@@ -17,11 +17,11 @@ from conftest import ROOT, SMALL, assert_same_bits, checkpoint, make_tree, metri
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-import graphs
-import models
 import presets
 import train
-from learner import Learner
+from learning import models
+from learning.learner import Learner
+from reporting import page as graphs
 from train import run
 from utils import Stop
 

@@ -12,10 +12,17 @@ from conftest import assert_same_bits
 from torch import nn
 
 import utils
-from checkpoint import find_checkpoint, load_checkpoint, previous_checkpoint, save_checkpoint, undone, write_safely
-from config import ConfigError, resolve
-from learner import RunState
-from scores import NonFiniteLoss, Score, TrainingLoss
+from learning.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    previous_checkpoint,
+    save_checkpoint,
+    undone,
+    write_safely,
+)
+from learning.learner import RunState
+from learning.scores import NonFiniteLoss, Score, TrainingLoss
+from settings.resolve import ConfigError, resolve
 from utils import EMA, Runtime, Stop, drawing_from, ema_decay, find_amp_dtype, find_device, key_to_seed, start_runtime
 
 CPU = Runtime(device=torch.device("cpu"))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import to_cpu, undone
-from config import ConfigError
-from models import first_line
-from scores import Score
+from learning.checkpoint import to_cpu, undone
+from learning.models import first_line
+from learning.scores import Score
+from settings.resolve import ConfigError
 from utils import EMA, Runtime
 
 

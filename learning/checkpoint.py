@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import LAUNCH, PLACE, Config, ConfigError
+from settings.resolve import LAUNCH, PLACE, Config, ConfigError
 from utils import Runtime
 
 CHECKPOINT_FORMAT = 1

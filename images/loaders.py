@@ -17,11 +17,11 @@ from torchvision.transforms import Compose, InterpolationMode
 from torchvision.utils import make_grid
 
 import presets
-from batch_presets import FLIP, Array, BatchPreset, resized_crop, resized_crops, to_device, uniforms
-from config import Config, ConfigError
-from data import Data, Draw, DrawSampler, Images, ImageTree, opened
+from augment.batch import FLIP, Array, BatchPreset, resized_crop, resized_crops, to_device, uniforms
+from images.datasets import Data, Draw, DrawSampler, Images, ImageTree, opened
+from images.store import StoredImages
 from presets import batch_mix, denormalise, eval_preset, to_rgb, train_preset
-from store import StoredImages
+from settings.resolve import Config, ConfigError
 from utils import MIX, SAMPLE, Runtime, close_loader, drawing_from, ignore_signals
 
 # ---- what workers do ----

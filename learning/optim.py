@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import Config
+from settings.resolve import Config
 
 NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,  # batch norm of every kind, instance norm

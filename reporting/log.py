@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import graphs
-from checkpoint import save_checkpoint, to_cpu, write_safely
-from config import LAUNCH, Config, ConfigError
-from learner import Learner, RunState
-from scores import Score, TrainingLoss
+from learning.checkpoint import save_checkpoint, to_cpu, write_safely
+from learning.learner import Learner, RunState
+from learning.scores import Score, TrainingLoss
+from reporting import page as graphs
+from settings.resolve import LAUNCH, Config, ConfigError
 from stages import Stage
 from utils import Runtime
 
@@ -280,7 +280,7 @@ def commit() -> str | None:
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"],
-            cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True, timeout=10, check=True,
+            cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None

@@ -29,9 +29,9 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from config import Config, ConfigError
-from data import Data, ImageTree
+from images.datasets import Data, ImageTree
 from presets import to_rgb
+from settings.resolve import Config, ConfigError
 from utils import Runtime, closing_loader, ignore_signals
 
 FORMAT = 1

@@ -163,7 +163,7 @@ class Config:
     overwrite: bool = setting(False, "start again in a folder that holds a run", kind="bool", group="run")
     time_budget: str | None = setting(None, "stop after this long (90s, 25m, 1.5h), saved; exit status 3", kind="str", group="run", optional=True)
     print_freq: int = setting(10, "steps between lines of progress", kind="int", group="run", interval="[1, 1000000000]")
-    clearml: str = setting("auto", "report to ClearML; auto: online if a server is configured and answers, else offline, for `python tracking.py upload OUTPUT_DIR`", kind="str", group="run", choices=("auto", "online", "offline", "off"))
+    clearml: str = setting("auto", "report to ClearML; auto: online if a server is configured and answers, else offline, for `python -m tracking upload OUTPUT_DIR`", kind="str", group="run", choices=("auto", "online", "offline", "off"))
     clearml_project: str = setting("progressive-learning", "ClearML project", kind="str", group="run")
     clearml_task: str | None = setting(None, "name of the ClearML task; unset: the name of output_dir", kind="str", group="run", optional=True)
     clearml_tags: tuple[str, ...] | None = setting(None, "tags of the ClearML task", kind="strs", group="run", optional=True)
@@ -274,7 +274,7 @@ def drop_or_reject_idle(values: dict[str, Any], level: dict[str, int]) -> None:
 
 def check(config: Config) -> None:
     """What no single value shows: combinations, names that other files know, paths."""
-    import models  # brings in torch; a wrong type is reported without waiting for that
+    from learning import models
 
     models.check_name(config.model)
     if config.weights is not None and not os.path.isfile(config.weights):

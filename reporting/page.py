@@ -384,6 +384,6 @@ def main(folder: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not os.path.isdir(sys.argv[1]):
         sys.exit(
-            "usage: python graphs.py RUN_FOLDER   draws its report.html again\n       python graphs.py results      writes the table of docs/results.md"
+            "usage: python -m reporting.page RUN_FOLDER   draws its report.html again\n       python -m reporting.page results      writes the table of docs/results.md"
         )
     main(sys.argv[1])

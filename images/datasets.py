@@ -16,8 +16,8 @@ from torchvision.datasets import Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 
-from config import Config, ConfigError
 from presets import to_rgb
+from settings.resolve import Config, ConfigError
 from utils import ORDER, Runtime, key_to_seed
 
 # ---- data sets ----

@@ -1,6 +1,6 @@
 """ClearML: a run as a task on a server, or offline in OUTPUT_DIR/clearml/ until `upload` takes it there.
 
-    python tracking.py upload OUTPUT_DIR
+    python -m tracking upload OUTPUT_DIR
 
 The only file that imports ClearML, and only where a run is tracked. Training never waits for the server:
 scalars and plots go into the SDK's queue; beginning and ending are watched. What is in the run's folder is
@@ -27,12 +27,13 @@ import numpy as np
 import yaml
 from torch import Tensor
 
-import config as settings
-import graphs
-from config import CLEARML, Config, ConfigError, as_text, from_text
-from runlog import Dashboard, RunLog
+from reporting import page as graphs
+from reporting.log import Dashboard, RunLog
+from settings import resolve as settings
+from settings.resolve import CLEARML, Config, ConfigError, as_text, from_text
 from stages import plan_table
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SECTION = "Hyperparameters"  # of the task's settings
 NOT_SETTINGS = ("config", "plan", *CLEARML)  # how this very process was started
 ARTIFACTS = ("summary.json", "metrics.jsonl", "report.html")
@@ -76,8 +77,7 @@ def on_agent() -> bool:
 
 def load_sdk() -> Any:
     """The module `clearml`, with the settings that make it close at once."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    os.environ.setdefault("CLEARML_CONFIG_PATH", os.path.join(here, "configs", "clearml"))
+    os.environ.setdefault("CLEARML_CONFIG_PATH", os.path.join(ROOT, "configs", "clearml"))
     import clearml
 
     return clearml
@@ -510,7 +510,7 @@ def send_settings(task: Any, config: Config) -> None:
 
 
 def upload_command(folder: str) -> str:
-    return f"python tracking.py upload {shlex.quote(folder)}"
+    return f"python -m tracking upload {shlex.quote(folder)}"
 
 
 @contextmanager
@@ -525,7 +525,7 @@ def on_its_own_account(consequence: str) -> Iterator[None]:
 
 def requirements() -> Iterator[tuple[str, str]]:
     """The packages of requirements.txt, and their versions here: what an agent installs."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "requirements.txt"), encoding="utf-8") as file:
+    with open(os.path.join(ROOT, "requirements.txt"), encoding="utf-8") as file:
         for line in file:
             name = re.match(r"[\w-]*", line)[0]
             if name:
@@ -705,7 +705,7 @@ def upload(folder: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     if len(argv) != 2 or argv[0] != "upload":
-        print("usage: python tracking.py upload OUTPUT_DIR", file=sys.stderr)
+        print("usage: python -m tracking upload OUTPUT_DIR", file=sys.stderr)
         return 2
     failed: list[Exception] = []
 
@@ -724,7 +724,3 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {line if known else f'upload: {type(error).__name__}: {line[:200]}'}", file=sys.stderr)
         return 2 if known else 1
     return 0
-
-
-if __name__ == "__main__":
-    leave(main(sys.argv[1:]))

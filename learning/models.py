@@ -21,7 +21,7 @@ from torchvision.models._api import register_model  # as the registry of get_mod
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 from torchvision.ops import StochasticDepth
 
-from config import ConfigError
+from settings.resolve import ConfigError
 
 # ---- EfficientNetV2-B0 to B3 and XL ----
 
