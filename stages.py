@@ -11,14 +11,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import nn
 
-from images.datasets import DrawSampler
 from images.loaders import TrainLoader
-from learning.learner import Learner
-from learning.models import build_on_meta, first_line, gflops_per_image, set_dropout, set_stochastic_depth
-from settings.resolve import Config, ConfigError
+from learning.cost import gflops_per_image
+from learning.models import build_on_meta, set_dropout, set_stochastic_depth
+from settings.table import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,42 +250,3 @@ class StageScheduler:
             if loader is not None:
                 loader.close()
         self.loader = self.following = None
-
-
-def rehearse(stages: Sequence[Stage], learner: Learner, num_images: int) -> int:
-    """One whole training step of each stage on noise, then undone: what does not fit shows in the first
-    minute, not when its stage comes. The step is not compiled, which takes the most memory.
-
-    num_images: of the training set; a small one fills no batch
-
-    Returns: bytes of GPU memory that training takes at most, beyond what is held before and after; 0 elsewhere.
-
-    Raises:
-        ConfigError: out of memory, or images too small for the model; names the stage and what to lower.
-    """
-    reserved = 0
-    with learner.undone():
-        for stage in stages:
-            sizes = DrawSampler(num_images, stage.batch_size, 0, world_size=learner.runtime.world_size).batch_sizes
-            where = f"stage {stage.index} ({stage.image_size} px, batch_size {max(sizes)})"
-            try:
-                learner.rehearse(stage.image_size, max(sizes), learner.eager)
-                if torch.backends.cudnn.benchmark and learner.runtime.device.type == "cuda":
-                    for batch_size in sizes - {max(sizes)}:  # the search for fast kernels is then over, too
-                        learner.rehearse(stage.image_size, batch_size, learner.eager)
-            except (RuntimeError, AssertionError, ValueError) as error:
-                reason = first_line(error)
-                if is_out_of_memory(error):
-                    raise ConfigError(
-                        f"out of memory in {where}; lower batch_size for it (one value per stage is accepted) or "
-                        f"train_crop_size, or use --amp ({reason})"
-                    ) from error
-                raise ConfigError(f"the model cannot train in {where}: {reason}") from error
-            reserved = max(reserved, learner.runtime.reserved_memory())
-            learner.runtime.release_memory()
-    learner.runtime.release_memory()
-    return max(0, reserved - learner.runtime.reserved_memory())
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

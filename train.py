@@ -27,17 +27,28 @@ from torch.utils.data import DataLoader
 
 from images.datasets import load_data
 from images.loaders import TrainLoader, augment_on, eval_loader, sample_grid, train_loader
-from images.store import with_store
+from images.store_place import with_store
+from images.workers import closing_loader
 from learning.checkpoint import check_data, check_store, find_checkpoint
-from learning.learner import Learner, RunState
-from learning.models import build_model, read_weights
+from learning.ema import EMA
+from learning.learner import Learner
+from learning.models import build_model, check_model
 from learning.optim import build_optimizer, learning_rate_schedule, set_learning_rate
+from learning.rehearse import rehearse
 from learning.scores import NonFiniteLoss, Score, TrainingLoss
-from reporting.log import Dashboard, Progress, RunLog, check_folder, epoch_record, summarise
-from settings.resolve import Config, ConfigError
-from stages import StageScheduler, describe_plan, format_plan, plan_stages, rehearse
-from tracking.run import find_dashboard, leave, resolve
-from utils import EMA, Runtime, Stop, closing_loader, share_buffers, share_weights, start_runtime
+from learning.state import RunState
+from learning.weights import read_weights
+from reporting.folder import check_folder
+from reporting.log import Dashboard, RunLog
+from reporting.progress import Progress
+from reporting.records import epoch_record, summarise
+from settings.errors import ConfigError
+from settings.table import Config
+from stages import StageScheduler, describe_plan, format_plan, plan_stages
+from tracking.deadline import exit_now
+from tracking.run import find_dashboard
+from tracking.settings import find_settings
+from utils import Runtime, Stop, share_buffers, share_weights, start_runtime
 
 
 def main(config: Config, dashboard: Dashboard) -> int:
@@ -215,7 +226,7 @@ def run(argv: Sequence[str]) -> int:
     """The program: settings, plan or run; the exit status. What a user can mend is one line, without a traceback."""
     who = "" if os.environ.get("RANK", "0") == "0" else f"[rank {os.environ['RANK']}] "
     try:
-        config = resolve(argv)
+        config = find_settings(argv, check_model)
         if config.plan is None:
             with find_dashboard(config) as dashboard:
                 return main(config, dashboard)
@@ -239,4 +250,4 @@ def run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(sys.argv[1:]))
+    exit_now(run(sys.argv[1:]))

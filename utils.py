@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from settings.resolve import Config, ConfigError, seconds
+from settings.errors import ConfigError
+from settings.table import Config
+from settings.values import seconds
 
 # ---- random numbers by key ----
 
@@ -264,89 +265,6 @@ def share_weights(state: dict[str, Tensor] | None, model: nn.Module, runtime: Ru
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
     return model
-
-
-# ---- worker processes ----
-
-
-def ignore_signals(worker: int) -> None:
-    """For worker processes. Ctrl-C and a scheduler's SIGTERM reach the whole group of processes; the training process
-    decides, and still needs its workers for the step it is in."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def close_loader(loader: DataLoader) -> None:
-    """End the worker processes now. Left to garbage collection they linger into the next stage
-    (pytorch/pytorch#22133); torch has no public call for it."""
-    iterator = getattr(loader, "_iterator", None)
-    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-    loader._iterator = None
-
-
-@contextmanager
-def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
-    """Within, use `loader`; afterwards its workers are gone, also if something was raised."""
-    try:
-        yield loader
-    finally:
-        close_loader(loader)
-
-
-# ---- EMA ----
-
-
-class EMA:
-    """Exponential moving average of a model's weights and floating-point buffers, on its device.
-
-    steps: updates are this many steps apart
-
-    Source: torchvision's reference (ExponentialMovingAverage over torch's AveragedModel): the first update
-    copies, and so does every update during warm-up. Not AveragedModel itself, which keeps its count on the
-    device and waits for it at each update.
-    """
-
-    def __init__(self, model: nn.Module, config: Config):
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.steps = config.model_ema_steps
-        self.config = config
-        self.num_updates = 0
-        self.decay = config.model_ema_decay
-        self.restart = False
-        self.averaged: tuple = ()
-        self.copied: tuple = ()
-
-    def begin_epoch(self, epoch: int, images_per_step: int) -> None:
-        """Take the decay of this epoch's steps. Weights from the warm-up are forgotten."""
-        config = self.config
-        self.decay = ema_decay(config.model_ema_decay, images_per_step, config.model_ema_steps, config.epochs)
-        self.restart = epoch < config.lr_warmup_epochs
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """average = decay * average + (1 - decay) * model; a copy the first time, and during warm-up."""
-        if not self.averaged:  # once: loading and training change these tensors in place
-            ours, theirs = self.module.state_dict(), model.state_dict()
-            floating = [name for name, value in ours.items() if value.is_floating_point()]
-            rest = [name for name in ours if name not in floating]  # counters of batches
-            self.averaged = [ours[name] for name in floating], [theirs[name] for name in floating]
-            self.copied = [ours[name] for name in rest], [theirs[name] for name in rest]
-        share = 1.0 if self.restart or self.num_updates == 0 else 1.0 - self.decay
-        torch._foreach_lerp_(*self.averaged, share)
-        if self.copied[0]:
-            torch._foreach_copy_(*self.copied)
-        self.num_updates = 0 if self.restart else self.num_updates + 1
-
-
-def ema_decay(model_ema_decay: float, images_per_step: int, steps: int, epochs: int) -> float:
-    """Decay per update, from the reference's per-image setting: 1 - decay grows with the images between
-    two updates and shrinks with the length of the run. Worked out anew for each stage's batch size, so
-    that the average reaches back over the same number of images in all.
-
-    Source: torchvision references/classification, train.py (its comment derives the rule).
-    """
-    return 1.0 - min(1.0, (1.0 - model_ema_decay) * images_per_step * steps / epochs)
 
 
 # ---- the wish to stop ----

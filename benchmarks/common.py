@@ -24,8 +24,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts run in place; the program's modules lie one folder up
 
-from reporting import log as runlog  # noqa: E402
-from settings.resolve import ConfigError  # noqa: E402
+from reporting import records  # noqa: E402
+from settings.errors import ConfigError  # noqa: E402
 from utils import find_device  # noqa: E402
 
 Measures = dict[str, Any]
@@ -169,8 +169,8 @@ def versions() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """As `runlog.commit`, but rows that earlier benchmarks have added do not make the code another one."""
-    name = runlog.commit()
+    """As `records.commit`, but rows that earlier benchmarks have added do not make the code another one."""
+    name = records.commit()
     if name is None or not name.endswith("-dirty"):
         return name
     command = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]

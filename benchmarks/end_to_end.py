@@ -34,7 +34,8 @@ import torch
 from loader import ReferenceLoader
 from step import ResidentBatches, build_learner, train_epoch
 
-from settings.resolve import ConfigError, resolve
+from settings.errors import ConfigError
+from settings.resolve import resolve
 from stages import plan_stages, set_drop_rates
 from utils import find_device, start_runtime
 

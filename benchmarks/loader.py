@@ -35,10 +35,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
+from augment.pixels import IMAGENET_MEAN, IMAGENET_STD
 from images.datasets import load_data
 from images.loaders import TrainLoader, train_loader
-from images.store import with_store
-from presets import IMAGENET_MEAN, IMAGENET_STD
+from images.store_place import with_store
 from settings.resolve import resolve
 from stages import plan_stages
 from utils import Runtime, start_runtime

@@ -27,14 +27,17 @@ import common
 import torch
 from torch import Tensor, nn
 
-from learning.learner import Learner, RunState
+from learning.ema import EMA
+from learning.learner import Learner
 from learning.models import build_model
 from learning.optim import build_optimizer, learning_rate_schedule
-from reporting.log import Progress
-from settings.resolve import Config, resolve
+from learning.state import RunState
+from reporting.progress import Progress
+from settings.resolve import resolve
+from settings.table import Config
 from stages import Stage, plan_stages, set_drop_rates
 from train import train_one_epoch
-from utils import EMA, Runtime, Stop, start_runtime
+from utils import Runtime, Stop, start_runtime
 
 WAYS = ("bare", "ours", "ours-ema", "reference")
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from settings.resolve import LAUNCH, PLACE, Config, ConfigError
+from settings.errors import ConfigError
+from settings.table import LAUNCH, PLACE, Config
 from utils import Runtime
 
 CHECKPOINT_FORMAT = 1

@@ -1,7 +1,7 @@
 """What learns: the model, its EMA and optimizer, the one step they take together, and how far they are."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,43 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from learning.checkpoint import to_cpu, undone
-from learning.models import first_line
-from learning.scores import Score
-from settings.resolve import ConfigError
-from utils import EMA, Runtime
-
-
-@dataclass
-class RunState:
-    """How far a run is; with the learner's weights, all that a resume needs.
-
-    epoch, step: the next step to take
-    loss_sum, num_images, train_seconds, wait_seconds: of the part of `epoch` that is done, all processes
-    best_top1, best_epoch, best_weights: percent, epoch and copy ("model" or "ema") of the best evaluation
-    """
-
-    epoch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    num_images: int = 0
-    train_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    best_top1: float = -1.0
-    best_epoch: int = -1
-    best_weights: str = "model"
-
-    def note_best(self, scores: Mapping[str, Score]) -> bool:
-        """Whether one of the copies just evaluated is the best so far; then it is noted."""
-        before = self.best_top1
-        for name, score in scores.items():
-            if score.top1 > self.best_top1:
-                self.best_top1, self.best_epoch, self.best_weights = score.top1, self.epoch, name
-        return self.best_top1 > before
-
-    def next_epoch(self) -> None:
-        self.epoch += 1
-        self.step = self.num_images = 0
-        self.loss_sum = self.train_seconds = self.wait_seconds = 0.0
+from learning.ema import EMA
+from learning.state import RunState
+from settings.errors import ConfigError, first_line
+from utils import Runtime
 
 
 class Learner:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import get_model, get_model_weights, list_models
+from torchvision.models import get_model, list_models
 from torchvision.models._api import register_model  # as the registry of get_model; not exported higher up
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
 from torchvision.ops import StochasticDepth
 
-from settings.resolve import ConfigError
+from learning.weights import find_weights, load_weights
+from settings.errors import ConfigError
+from settings.table import Config
 
 # ---- EfficientNetV2-B0 to B3 and XL ----
 
@@ -104,6 +105,13 @@ def available() -> list[str]:
     return sorted([*list_models(module=torchvision.models), *EXTRA_MODELS])
 
 
+def check_model(config: Config) -> None:
+    """Raise ConfigError unless the settings name a model, and weights that are a file or that model's."""
+    check_name(config.model)
+    if config.weights is not None and not os.path.isfile(config.weights):
+        find_weights(config.model, config.weights)
+
+
 def check_name(name: str) -> None:
     """Raise ConfigError unless `name` is a model, naming the nearest ones that are."""
     names = available()
@@ -170,70 +178,6 @@ def shrink_head(model: EfficientNet, num_classes: int) -> None:
     nn.init.uniform_(head.weight, -bound, bound)
 
 
-def find_weights(name: str, weights: str) -> Any:
-    """The torchvision weights enum member of a model: `DEFAULT`, `IMAGENET1K_V1`, or with the class in front.
-
-    Raises:
-        ConfigError: the model has none of that name, and no such file exists.
-    """
-    members = [] if name in EXTRA_MODELS else list(get_model_weights(name))
-    for member in members:
-        if weights in (member.name, str(member)):
-            return member
-    if members and weights == "DEFAULT":
-        return get_model_weights(name).DEFAULT
-    known = ", ".join(["DEFAULT", *map(str, members)]) if members else "none"
-    raise ConfigError(f"weights {weights!r} is neither a file nor weights of {name} (it has {known})")
-
-
-def read_weights(name: str, weights: str) -> dict[str, Tensor]:
-    """State dict of a file (a bare state dict, or a checkpoint's `model_ema` or `model`) or of torchvision.
-
-    Raises:
-        ConfigError: not a file of weights, or it cannot be fetched.
-    """
-    if not os.path.isfile(weights):
-        member = find_weights(name, weights)
-        try:
-            return member.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:  # no network; a download cut short
-            raise ConfigError(
-                f"weights {member} cannot be fetched: {first_line(error)}; give a file instead"
-            ) from error
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch.load raises on a stray file varies with the file
-        raise ConfigError(
-            f"weights: {weights} is not a file of weights that loads safely ({type(error).__name__})"
-        ) from error
-    if isinstance(state, dict):
-        state = next((state[key] for key in ("model_ema", "model") if isinstance(state.get(key), dict)), state)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"weights: {weights} holds no state dict")
-    return state
-
-
-def load_weights(model: nn.Module, name: str, weights: dict[str, Tensor], num_classes: int) -> str:
-    """Load what fits, and say what was loaded and what was not. Only a head of another class count
-    and auxiliary heads may stay out."""
-    state = {key: value for key, value in weights.items() if not key.startswith(("aux", "AuxLogits"))}
-    own = model.state_dict()
-    head = {
-        key for key in own.keys() & state.keys()
-        if own[key].ndim and own[key].shape != state[key].shape
-        and own[key].shape[0] == num_classes and own[key].shape[1:] == state[key].shape[1:]
-    }  # fmt: skip
-    misfits = [key for key in own if key not in head and (key not in state or own[key].shape != state[key].shape)]
-    misfits += [key for key in state if key not in own]
-    if misfits:
-        raise ConfigError(
-            f"weights are not of {name}: {len(misfits)} tensors are missing, unknown or of another shape, first {misfits[0]}"
-        )
-    model.load_state_dict({key: value for key, value in state.items() if key not in head}, strict=False)
-    told = f"{len(own) - len(head)} of {len(own)} tensors loaded"
-    return f"{told}; new head for {num_classes} classes ({', '.join(sorted(head))})" if head else told
-
-
 # ---- drop rates ----
 
 
@@ -278,33 +222,3 @@ def set_stochastic_depth(model: nn.Module, p: float) -> None:
         )
     for layer in layers:
         layer.p = p * layer.depth_share
-
-
-# ---- arithmetic ----
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def gflops_per_image(model: nn.Module, image_sizes: Sequence[int]) -> list[float]:
-    """Billions of multiply-adds of one image's forward pass at each size, as papers and torchvision
-    count them (EfficientNetV2-S at 384: 8.37).
-
-    model: on the meta device, so that only shapes are computed
-
-    Raises:
-        ConfigError: the model cannot take a size.
-    """
-    model.eval()
-    counts: dict[int, float] = {}
-    for size in image_sizes:
-        if size not in counts:
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                try:
-                    model(torch.empty(1, 3, size, size, device="meta"))
-                except (RuntimeError, AssertionError, ValueError) as error:
-                    reason = first_line(error)
-                    raise ConfigError(f"{type(model).__name__} cannot take images of {size} px: {reason}") from error
-            counts[size] = counter.get_total_flops() / 2 / 1e9  # it counts a multiply-add as two
-    return [counts[size] for size in image_sizes]

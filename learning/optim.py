@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from settings.resolve import Config
+from settings.table import Config
 
 NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,  # batch norm of every kind, instance norm

@@ -1,11 +1,9 @@
-"""Figures and tables from the logs of runs: a run's report.html, and the table of docs/results.md."""
+"""A run's report.html, from what its folder holds."""
 
 import base64
 import html
 import io
-import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +13,8 @@ matplotlib.use("agg")  # before pyplot: no window is wanted
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+
+from reporting.folder import read_json, read_metrics, stage_speed, worst_confusions
 
 MAX_CLASSES_IN_MATRIX = 30  # more cannot be read; then the page lists the worst confusions
 STAGE_COLOURS = ("#eef3fb", "#dde8f7")
@@ -31,32 +31,6 @@ plt.rcParams.update(
         "figure.autolayout": True,
     }
 )
-
-
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a crash is left out."""
-    records = []
-    try:
-        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
-            for line in file:
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    break
-    except FileNotFoundError:
-        pass
-    return records
-
-
-def read_json(path: str) -> Any:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return None
-
-
-# ---- parts of the page ----
 
 
 def as_svg(figure: plt.Figure) -> str:
@@ -143,16 +117,6 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
-def stage_speed(records: Sequence[dict[str, Any]], index: int) -> tuple[float, float]:
-    """Seconds of training in a stage, and images per second over them."""
-    seconds = images = 0.0
-    for record in records:
-        if record["stage"] == index:
-            seconds += record["epoch_seconds"]
-            images += record["epoch_seconds"] * record["images_per_second"]
-    return seconds, images / seconds if seconds else 0.0
-
-
 def stage_table(plan: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> str:
     heads = [
         "stage",
@@ -219,13 +183,6 @@ def accuracy_table(summary: Mapping[str, Any]) -> str:
                 ]
             )
     return table(["weights", "evaluated at", "top-1 %", "top-5 %", "top-1 EMA %"], rows)
-
-
-def worst_confusions(matrix: np.ndarray, classes: Sequence[str], most: int = 20) -> list[tuple[str, str, int]]:
-    """True class, predicted class and images of the commonest mistakes, from a matrix (K, K), rows true."""
-    wrong = matrix - np.diag(np.diag(matrix))
-    order = np.argsort(wrong, axis=None)[::-1][:most]
-    return [(classes[i // len(classes)], classes[i % len(classes)], int(wrong.flat[i])) for i in order if wrong.flat[i]]
 
 
 STYLE = """
@@ -330,60 +287,3 @@ def report_page(folder: str) -> str:
 def duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
-
-
-# ---- results ----
-
-RESULTS_PAGE = os.path.join("docs", "results.md")
-
-
-def results_table(root: str) -> str:
-    """A Markdown table of the finished runs kept in `root`, one folder each, from their own files."""
-    lines = [
-        "| run | image sizes | epochs | top-1 % | seeds | training, minutes | relative cost | machine | commit |",
-        "|" + "---|" * 9,
-    ]
-    for name in sorted(os.listdir(root)):
-        summary = read_json(os.path.join(root, name, "summary.json"))
-        if summary is None:
-            continue
-        sizes = ", ".join(str(stage["image_size"]) for stage in summary["stages"])
-        versions = summary["versions"]
-        cells = [
-            f"[{name}](../{os.path.basename(root)}/{name}/config.yaml)",
-            sizes,
-            summary["epochs"],
-            f"{summary['top1']:.2f}",
-            f"1 (seed {summary['seed']})",
-            f"{summary['train_seconds'] / 60:.1f}",
-            f"{summary['relative_cost']:.2f}",
-            f"{summary['device']}, {versions['system']}, torch {versions['torch']}",
-            (summary["commit"] or "before the first")[:16],
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def write_results(root: str, page: str = RESULTS_PAGE) -> None:
-    """Put the table into the page, between its two marks."""
-    with open(page, encoding="utf-8") as file:
-        before, _, rest = file.read().partition("<!-- table -->\n")
-    after = rest.partition("<!-- end of table -->")[2]
-    with open(page, "w", encoding="utf-8") as file:
-        file.write(f"{before}<!-- table -->\n{results_table(root)}\n<!-- end of table -->{after}")
-
-
-def main(folder: str) -> None:
-    if os.path.exists(os.path.join(folder, "report", "plan.json")):
-        with open(os.path.join(folder, "report.html"), "w", encoding="utf-8") as file:
-            file.write(report_page(folder))
-    else:
-        write_results(folder)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not os.path.isdir(sys.argv[1]):
-        sys.exit(
-            "usage: python -m reporting.page RUN_FOLDER   draws its report.html again\n       python -m reporting.page results      writes the table of docs/results.md"
-        )
-    main(sys.argv[1])

@@ -13,24 +13,18 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as v1_functional
 from torchvision.transforms.v2 import functional as F
 
-from augment import batch as batch_presets
-from augment.batch import (
-    CROP,
-    ERASED,
-    NUM_DRAWS,
-    BatchPreset,
-    crop_boxes,
-    erase_boxes,
-    rand_augment,
-    resized_crop,
-    resized_crops,
-    uniforms,
-)
-from images import loaders
-from images.datasets import DrawSampler, ImageTree
+from augment import batch
+from augment.batch import rand_augment, resized_crop, resized_crops
+from augment.draws import CROP, ERASED, NUM_DRAWS, crop_boxes, erase_boxes, uniforms
+from augment.pixels import IMAGENET_STD
+from augment.randaugment import OPERATIONS
+from images import sources
+from images.datasets import ImageTree
 from images.loaders import TrainLoader, augment_on
-from presets import IMAGENET_STD, OPERATIONS
-from settings.resolve import ConfigError, resolve
+from images.order import DrawSampler
+from presets import BatchPreset
+from settings.errors import ConfigError
+from settings.resolve import resolve
 from utils import Runtime
 
 NAMES = list(OPERATIONS)
@@ -164,7 +158,7 @@ def test_one_crop_is_torchvision_s(size):
 @pytest.mark.parametrize("chunk", [1, 5000, 2**24])
 @pytest.mark.parametrize("size", [16, 40])
 def test_crops_by_matrix_products_are_torchvision_s_to_a_grey_level(monkeypatch, size, chunk):
-    monkeypatch.setattr(batch_presets, "CHUNK", chunk)
+    monkeypatch.setattr(batch, "CHUNK", chunk)
     shapes = [(50, 70), (33, 30), (16, 16), (90, 41), (7, 60), (1, 1)]
     images = [photo(*shape, seed=i) for i, shape in enumerate(shapes)]
     boxes = np.array([[3, 5, 40, 60], [0, 0, 33, 30], [0, 0, 16, 16], [80, 1, 10, 40], [2, 10, 3, 50], [0, 0, 1, 1]])
@@ -185,7 +179,7 @@ def test_products_in_half_precision_keep_a_grey_level():
     pixels = photo(300, 300)
     pixels[:20] = 255
     exact = reference_crop(pixels.float(), [0, 0, 300, 300], False, 128)
-    weights = batch_presets.triangle_weights(torch.tensor([300]), 128, 300)[0].half().float()
+    weights = batch.triangle_weights(torch.tensor([300]), 128, 300)[0].half().float()
     rows = torch.einsum("yh,hwc->ywc", weights, pixels.float()).half().float()
     ours = torch.einsum("xw,ywc->cyx", weights, rows).half().float()
     assert (ours - exact).abs().max() < 0.4 and (ours.round() - exact).abs().max() <= 0.9
@@ -232,10 +226,10 @@ def test_operations_and_signs_are_drawn_equally_often(monkeypatch):
             counts[name, amount < 0] = counts.get((name, amount < 0), 0) + len(images)
             return images
 
-        return batch_presets.OPERATIONS[name].__class__(apply, operation.amount, operation.signed)
+        return batch.OPERATIONS[name].__class__(apply, operation.amount, operation.signed)
 
     noted = {name: noting(name, operation) for name, operation in OPERATIONS.items()}
-    monkeypatch.setattr(batch_presets, "OPERATIONS", noted)
+    monkeypatch.setattr(batch, "OPERATIONS", noted)
     preset = BatchPreset(image_size=4, ra_magnitude=9)
     total = 14_000
     for epoch in range(7):
@@ -339,7 +333,7 @@ def test_a_jpeg_that_the_device_refuses_is_decoded_by_pil(mixed_tree, monkeypatc
     def refuse(*_):
         raise RuntimeError("nvJPEG: not supported")
 
-    monkeypatch.setattr(loaders, "decode_jpeg", refuse)
+    monkeypatch.setattr(sources, "decode_jpeg", refuse)
     images = ImageTree(str(mixed_tree))
     assert (batches(images, decode_on_device=True)[1] - batches(images)[1]).abs().max() <= 1.01
 
@@ -384,7 +378,7 @@ def test_crops_on_a_gpu_are_those_of_the_cpu_to_a_grey_level():
 @needs_gpu
 def test_jpegs_decoded_on_a_gpu_are_those_of_pil(mixed_tree):
     files = sorted((mixed_tree / "all").iterdir())
-    decoded = loaders.decode_batch([torch.from_numpy(np.fromfile(file, np.uint8)) for file in files], list(map(str, files)), torch.device("cuda"))  # fmt: skip
+    decoded = sources.decode_batch([torch.from_numpy(np.fromfile(file, np.uint8)) for file in files], list(map(str, files)), torch.device("cuda"))  # fmt: skip
     for file, image in zip(files, decoded):
         theirs = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).int()
         assert image.is_cuda and (image.cpu().int() - theirs).abs().float().mean() < 2

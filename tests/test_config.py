@@ -8,9 +8,20 @@ import torch
 import yaml
 from conftest import ROOT, program
 
-from reporting.page import results_table
-from settings.resolve import SETTINGS, ConfigError, resolve, seconds
+from Graphs.draw import results_table
+from learning.models import check_model
+from settings import resolve as resolving
+from settings.errors import ConfigError
+from settings.table import SETTINGS
+from settings.values import seconds
 from train import run
+
+
+def resolve(argv):
+    """Settings as a run takes them: merged, and checked by everyone who has a say."""
+    config = resolving.resolve(argv)
+    check_model(config)
+    return config
 
 
 def file_with(tmp_path, text):

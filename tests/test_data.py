@@ -10,16 +10,19 @@ import torch
 from conftest import make_tree
 from PIL import Image
 
-from augment.batch import BatchPreset
-from images import datasets as data
-from images import loaders
-from images.datasets import Data, Digits, DrawSampler, ImageTree, load_data
-from images.loaders import DrawnImages, EvalImages, TrainLoader, eval_loader, sample_grid, train_loader
-from images.store import with_store
-from presets import batch_mix, denormalise, train_preset
-from settings.resolve import ConfigError, resolve
+from augment.pixels import denormalise
+from images import datasets, loaders
+from images.datasets import Data, Digits, ImageTree, load_data
+from images.loaders import EvalImages, TrainLoader, eval_loader, sample_grid, train_loader
+from images.order import DrawSampler
+from images.sources import DrawnImages
+from images.store_place import with_store
+from images.workers import close_loader
+from presets import BatchPreset, batch_mix, train_preset
+from settings.errors import ConfigError
+from settings.resolve import resolve
 from stages import StageScheduler, plan_stages
-from utils import Runtime, close_loader
+from utils import Runtime
 
 CPU = Runtime(device=torch.device("cpu"))
 
@@ -226,7 +229,7 @@ def forbid_listing(monkeypatch):
     def listing(*args, **kwargs):
         raise AssertionError("listed anew")
 
-    monkeypatch.setattr(data, "make_dataset", listing)
+    monkeypatch.setattr(datasets, "make_dataset", listing)
 
 
 def test_the_kept_list_is_read_the_next_time(kept, monkeypatch):
@@ -250,7 +253,7 @@ def test_the_list_is_made_anew_after_a_change(kept, change):
         (root / "cat").mkdir()
         Image.new("RGB", (4, 4)).save(root / "cat" / "new.png")
     else:
-        with open(data.list_path(str(root)), "w") as file:
+        with open(datasets.list_path(str(root)), "w") as file:
             file.write('{"folders": ["ant"')
     again = ImageTree(str(root), keep_list=True)
     assert len(again) == expected
@@ -261,7 +264,7 @@ def test_the_list_is_made_anew_after_a_change(kept, change):
 def test_two_folders_keep_two_lists(kept, tree):
     other = ImageTree(str(tree / "val"), keep_list=True)
     assert len(other) == 10 and len(ImageTree(str(tree / "train"), keep_list=True)) == 24
-    assert len(os.listdir(os.path.dirname(data.list_path(str(tree))))) == 2
+    assert len(os.listdir(os.path.dirname(datasets.list_path(str(tree))))) == 2
 
 
 # ---- digits ----

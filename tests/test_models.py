@@ -7,17 +7,11 @@ from torch import nn
 from torchvision.models import get_model
 from torchvision.ops import StochasticDepth
 
-from learning.models import (
-    available,
-    build_model,
-    check_name,
-    find_weights,
-    gflops_per_image,
-    read_weights,
-    set_dropout,
-    set_stochastic_depth,
-)
-from settings.resolve import ConfigError, resolve
+from learning.cost import gflops_per_image
+from learning.models import available, build_model, check_name, set_dropout, set_stochastic_depth
+from learning.weights import find_weights, read_weights
+from settings.errors import ConfigError
+from settings.resolve import resolve
 from stages import describe_plan, plan_stages
 
 SMALL = "shufflenet_v2_x0_5"  # 0.34 million weights below its head of 1024 columns

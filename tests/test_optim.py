@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialLR, LinearLR, SequentialLR, StepLR
 from torchvision.models import get_model
 
-from learning.learner import RunState
 from learning.optim import build_optimizer, learning_rate_schedule, parameter_groups, set_learning_rate
+from learning.state import RunState
 from settings.resolve import resolve
 from train import train_one_epoch
 from utils import Runtime

@@ -12,8 +12,9 @@ from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_to_tensor
 
-import presets
-from presets import OPERATIONS, RandAugment, batch_mix, eval_preset, train_preset
+from augment import pixels, randaugment
+from augment.randaugment import OPERATIONS, RandAugment
+from presets import batch_mix, eval_preset, train_preset
 
 BILINEAR = InterpolationMode.BILINEAR
 SIGNED = (
@@ -82,7 +83,7 @@ def only(monkeypatch):
     """only(name, magnitude, scale): this project's RandAugment with one operation to draw, drawn once."""
 
     def build(name, magnitude, scale="torchvision", interpolation=BILINEAR):
-        monkeypatch.setattr(presets, "OPERATIONS", {name: OPERATIONS[name]})
+        monkeypatch.setattr(randaugment, "OPERATIONS", {name: OPERATIONS[name]})
         return RandAugment(magnitude, scale, interpolation, num_ops=1)
 
     return build
@@ -189,9 +190,9 @@ def test_the_policy_draws_every_operation_about_equally_often(monkeypatch):
             counts[name] += 1
             return image
 
-        return presets.Operation(apply)
+        return randaugment.Operation(apply)
 
-    monkeypatch.setattr(presets, "OPERATIONS", {name: counting(name) for name in OPERATIONS})
+    monkeypatch.setattr(randaugment, "OPERATIONS", {name: counting(name) for name in OPERATIONS})
     augment, image = RandAugment(9, "torchvision", BILINEAR), noise(4, 4)
     for _ in range(1400):
         augment(image)
@@ -360,11 +361,11 @@ def jpeg(tmp_path):
 )
 def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(jpeg, box, size, divisor):
     with Image.open(jpeg) as image:
-        assert presets.reduce_decoding(image, box, size) == divisor
+        assert pixels.reduce_decoding(image, box, size) == divisor
         image.load()
         assert image.size == (-(-500 // divisor), -(-376 // divisor))
     with Image.open(jpeg) as image:
-        ours = np.asarray(presets.resized_crop(image, box, size, BILINEAR)).astype(int)
+        ours = np.asarray(pixels.resized_crop(image, box, size, BILINEAR)).astype(int)
     with Image.open(jpeg) as image:
         theirs = np.asarray(v1.functional.resized_crop(image, *box, [size, size])).astype(int)
     difference = np.abs(ours - theirs)
@@ -376,7 +377,7 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(jpeg, box, size, diviso
 
 @pytest.mark.parametrize("shape", [(375, 500), (224, 224), (40, 900), (900, 40), (3, 2)])  # the long ones fit no crop
 def test_crops_are_drawn_as_torchvision_draws_them(shape):
-    crop, image = presets.RandomResizedCrop(32), Image.new("RGB", shape[::-1])
+    crop, image = pixels.RandomResizedCrop(32), Image.new("RGB", shape[::-1])
     for seed in range(300):
         torch.manual_seed(seed)
         ours, next_of_ours = crop.box(*shape), torch.rand(1)
@@ -389,7 +390,7 @@ def test_the_training_preset_draws_torchvision_s_crop_before_it_decodes(jpeg):
     ours, theirs = train_preset(image_size=32, hflip_prob=0), v1.RandomResizedCrop(32)
     for seed in range(20):
         with Image.open(jpeg) as image:
-            mine = presets.denormalise(seeded(seed, ours, image)).int()
+            mine = pixels.denormalise(seeded(seed, ours, image)).int()
         with Image.open(jpeg) as image:
             expected = seeded(seed, theirs, image).int()
         assert (mine - expected).abs().float().mean() < 2
@@ -399,7 +400,7 @@ def test_the_training_preset_draws_torchvision_s_crop_before_it_decodes(jpeg):
 def test_nearest_pixels_are_those_of_the_whole_image(jpeg, mode):
     box, interpolation = (0, 0, 376, 500), InterpolationMode(mode)
     with Image.open(jpeg) as image:
-        ours = np.asarray(presets.resized_crop(image, box, 64, interpolation)).astype(int)
+        ours = np.asarray(pixels.resized_crop(image, box, 64, interpolation)).astype(int)
     with Image.open(jpeg) as image:
         theirs = np.asarray(v1.functional.resized_crop(image, *box, [64, 64], interpolation)).astype(int)
     assert np.array_equal(ours, theirs) == (mode == "nearest") and np.abs(ours - theirs).mean() < 1.5
@@ -408,8 +409,8 @@ def test_nearest_pixels_are_those_of_the_whole_image(jpeg, mode):
 def test_normalising_keeps_torchvision_s_bits():
     image = noise(30, 20)
     steps = [v1.PILToTensor(), v1.ConvertImageDtype(torch.float32)]
-    steps.append(v1.Normalize(presets.IMAGENET_MEAN, presets.IMAGENET_STD))
-    assert torch.equal(presets.ToNormalised()(image), v1.Compose(steps)(image))
+    steps.append(v1.Normalize(pixels.IMAGENET_MEAN, pixels.IMAGENET_STD))
+    assert torch.equal(pixels.ToNormalised()(image), v1.Compose(steps)(image))
 
 
 # ---- the training preset ----
@@ -479,7 +480,7 @@ def test_crop_scale_bounds_the_share_of_the_image_that_is_seen():
     small = train_preset(image_size=64, crop_scale=(0.1, 0.1), interpolation="nearest")
     large = train_preset(image_size=64, crop_scale=(1.0, 1.0), interpolation="nearest")
     for seed in range(10):
-        seen = [int(np.ptp(presets.denormalise(seeded(seed, t, image))[0].numpy())) for t in (small, large)]
+        seen = [int(np.ptp(pixels.denormalise(seeded(seed, t, image))[0].numpy())) for t in (small, large)]
         assert 50 <= seen[0] <= 75  # 200 * sqrt(0.1) is 63, times the aspect of 3/4 to 4/3
         assert seen[1] >= 195
 
@@ -487,7 +488,7 @@ def test_crop_scale_bounds_the_share_of_the_image_that_is_seen():
 def test_denormalise_gives_back_the_pixels():
     image = noise(16, 16)
     normalised = eval_preset(crop_size=16, resize_size=16)(image)
-    assert torch.equal(presets.denormalise(normalised), pil_to_tensor(image))
+    assert torch.equal(pixels.denormalise(normalised), pil_to_tensor(image))
 
 
 # ---- the evaluation preset ----

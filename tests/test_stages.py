@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from settings.resolve import ConfigError, resolve
+from settings.errors import ConfigError
+from settings.resolve import resolve
 from stages import describe_plan, plan_stages, released_image_size, stage_value
 from train import run
 

@@ -13,10 +13,12 @@ import torch
 from conftest import SMALL, assert_same_bits, checkpoint, make_tree
 from PIL import Image, ImageFilter
 
-from images import store
+from images import store, store_place
 from images.datasets import Data, Digits, ImageTree, load_data
-from images.store import StoredImages, available_memory, checksum, store_side, stored_size, with_store
-from settings.resolve import ConfigError, resolve
+from images.store import StoredImages, checksum, stored_size
+from images.store_place import available_memory, store_side, with_store
+from settings.errors import ConfigError
+from settings.resolve import resolve
 from train import run
 from utils import Runtime
 
@@ -284,7 +286,7 @@ def test_auto_goes_on_without_a_store_when_the_disk_fills_up(tree, full_disk, ca
 
 
 def test_too_little_room_is_seen_before_decoding(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "free_disk", lambda folder: 50_000)  # 24 images of 3,840 bytes and more
+    monkeypatch.setattr(store_place, "free_disk", lambda folder: 50_000)  # 24 images of 3,840 bytes and more
     monkeypatch.setattr(store, "decode", lambda *args: pytest.fail("decoded"))
     with pytest.raises(ConfigError, match=r"has 0\.0 MiB free, the images need about 0\.1 MiB"):
         stored(tree, "--decode-cache", tmp_path / "cache")
@@ -299,7 +301,7 @@ def test_too_little_room_is_seen_before_decoding(tree, tmp_path, monkeypatch):
     ],
 )
 def test_auto_says_why_it_is_off(tree, monkeypatch, capsys, what, value, told):
-    monkeypatch.setattr(store, what, lambda *args: value)
+    monkeypatch.setattr(store_place, what, lambda *args: value)
     assert stored(tree).store_side is None
     said = capsys.readouterr().out
     assert said.startswith("decode_cache off: it would take 0.1 MiB") and told in said and said.count("\n") == 1
@@ -338,8 +340,8 @@ def test_a_store_lies_beside_the_data_or_where_it_is_told(tree, tmp_path, capsys
 
 def test_data_that_cannot_be_written_to_have_their_store_in_torch_s_folder(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    writable = store.writable
-    monkeypatch.setattr(store, "writable", lambda folder: not folder.startswith(str(tree)) and writable(folder))
+    writable = store_place.writable
+    monkeypatch.setattr(store_place, "writable", lambda folder: not folder.startswith(str(tree)) and writable(folder))
     stored(tree)
     assert not (tree / ".decode_cache").exists() and len(files(tmp_path / "hub" / "decode_cache")) == 2
     assert len(stored(tree).train) == 24  # and is found there

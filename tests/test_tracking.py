@@ -18,9 +18,12 @@ import yaml
 from clearml_server import ClearMLServer, Refused
 from conftest import ROOT, assert_same_bits, checkpoint, make_tree, metrics, program
 
-from settings import resolve as config
-from settings.resolve import ConfigError
-from tracking import run as tracking
+from settings.errors import ConfigError
+from settings.table import SETTINGS
+from settings.values import convert, from_text
+from tracking.__main__ import main
+from tracking.report import TaskReport
+from tracking.session import Session
 
 RUN = ["--model", "mobilenet_v3_small", "--device", "cpu", "--workers", "0", "--lr", "0.01", "--batch-size", "8", "--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32", "--print-freq", "100"]  # fmt: skip
 STAGES = ["--stages", "2", "--epochs", "4", "--train-crop-size", "32", "64", "--dropout", "0.1", "0.4", "--stochastic-depth-prob", "0", "0.2", "--auto-augment", "ra", "--ra-magnitude", "5", "15", "--mixup-alpha", "0", "0.2", "--model-ema", "--model-ema-steps", "1", "--model-ema-decay", "0.7"]  # fmt: skip
@@ -116,7 +119,7 @@ def test_hyperparameters_are_the_resolved_settings_by_the_names_of_the_flags(onl
     assert values["train_crop_size"] == "[32, 64]" and values["dropout"] == "[0.1, 0.4]"
     assert values["model_ema"] == "true" and values["weights"] == ""
     apart = {"config", "plan", "clearml", "clearml_project", "clearml_task", "clearml_tags"}
-    assert set(values) == set(config.SETTINGS) - apart
+    assert set(values) == set(SETTINGS) - apart
     assert set(online[1].hyperparams) <= {"Hyperparameters", "Args"} and not online[1].hyperparams.get("Args")
 
 
@@ -250,7 +253,7 @@ def test_many_classes_are_the_worst_and_a_table_of_confusions(tmp_path):
         def get_logger(self):
             return Logger()
 
-    tracking.TaskReport(Task(), str(tmp_path), None).confusion("best", 0, matrix)
+    TaskReport(Task(), str(tmp_path), None).confusion("best", 0, matrix)
     shown, labels = told["confusion matrix"]
     # of the six classes of each kind (0, 1, ... 9 right) the worst 50: all up to 7 right, two of those with 8
     assert shown.shape == (50, 50) and "c0" in labels and "c9" not in labels and "c59" not in labels
@@ -273,7 +276,7 @@ def test_what_is_not_finite_is_flagged_and_never_sent_as_zero(tmp_path):
             sent.append((title, series, value, iteration))
 
     record = {"epoch": 3, "loss": 0.5, "val_loss": None, "top5": float("nan"), "non_finite": ["val_loss"]}
-    tracking.TaskReport(Task(), str(tmp_path), None).epoch(record)
+    TaskReport(Task(), str(tmp_path), None).epoch(record)
     assert sent == [("loss", "train", 0.5, 3), ("non_finite", "val_loss", 1, 3)]
 
 
@@ -421,12 +424,12 @@ def test_killed_offline_resumed_and_uploaded_has_every_epoch_once(images, tmp_pa
     wait_for_epochs(out, 4, process)
     process.kill()
     process.communicate()
-    session = tracking.Session(str(out))
+    session = Session(str(out))
     with open(os.path.join(session.offline_folder, "metrics.jsonl"), "a") as file:
         file.write('[{"metric": "loss", "varia')  # cut short, as a kill may leave it
     done = program("--resume", "auto", "--output-dir", out, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert tracking.Session(str(out)).offline == session.offline
+    assert Session(str(out)).offline == session.offline
     for _ in range(2):  # the second time changes nothing
         sent = upload(out, server.env(tmp_path / "cache"))
         assert sent.returncode == 0, sent.stdout + sent.stderr
@@ -448,7 +451,7 @@ def test_a_killed_session_is_uploaded_without_a_resume(images, tmp_path, server)
     wait_for_epochs(out, 3, process)
     process.kill()
     process.communicate()
-    with open(os.path.join(tracking.Session(str(out)).offline_folder, "log.jsonl"), "a") as file:
+    with open(os.path.join(Session(str(out)).offline_folder, "log.jsonl"), "a") as file:
         file.write('[{"msg": "half a li')
     assert upload(out, server.env(tmp_path / "cache")).returncode == 0
     task = only_task(server)
@@ -457,9 +460,9 @@ def test_a_killed_session_is_uploaded_without_a_resume(images, tmp_path, server)
 
 
 def test_upload_says_what_it_needs(tmp_path, server, capsys):
-    assert tracking.main(["send"]) == 2
+    assert main(["send"]) == 2
     assert capsys.readouterr().err == "usage: python -m tracking upload OUTPUT_DIR\n"
-    assert tracking.main(["upload", str(tmp_path)]) == 2
+    assert main(["upload", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert "no ClearML session" in told and told.count("\n") == 1
     (tmp_path / "clearml").mkdir()
@@ -584,7 +587,7 @@ def test_a_clone_runs_with_changed_settings_and_fails_clearly_on_wrong_ones(imag
     ],
 )  # fmt: skip
 def test_what_a_field_of_the_dashboard_means(name, text, value):
-    assert config.convert(name, config.from_text(name, text)) == value
+    assert convert(name, from_text(name, text)) == value
 
 
 @pytest.mark.parametrize(
@@ -592,7 +595,7 @@ def test_what_a_field_of_the_dashboard_means(name, text, value):
 )
 def test_what_a_field_of_the_dashboard_cannot_mean(name, text):
     with pytest.raises(ConfigError, match=name):
-        config.convert(name, config.from_text(name, text))
+        convert(name, from_text(name, text))
 
 
 # ---- at a bad moment ----
@@ -670,7 +673,7 @@ def test_overwriting_forgets_the_older_run(images, tmp_path):
     flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "1"]
     assert program(*flags, "--clearml", "offline", env=env).returncode == 0
     assert program(*flags, "--clearml", "off", "--overwrite", "--time-budget", "0.01", env=env).returncode in (0, 3)
-    session = tracking.Session(str(out))
+    session = Session(str(out))
     assert session.offline is None and session.online is None
     (out / "clearml" / "task.json").write_text("{half")
-    assert tracking.Session(str(out)).online is None  # damaged: as if there were none
+    assert Session(str(out)).online is None  # damaged: as if there were none

@@ -17,11 +17,11 @@ from conftest import ROOT, SMALL, assert_same_bits, checkpoint, make_tree, metri
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-import presets
 import train
+from augment import randaugment
 from learning import models
 from learning.learner import Learner
-from reporting import page as graphs
+from reporting.page import report_page
 from train import run
 from utils import Stop
 
@@ -169,7 +169,7 @@ def test_report_is_one_page_that_needs_nothing_else(two_stages):
         f"{json.loads((folder / 'summary.json').read_text())['top1']:.2f} %",
     ):
         assert words in page
-    assert graphs.report_page(str(folder)) == page  # drawn again from the folder alone
+    assert report_page(str(folder)) == page  # drawn again from the folder alone
 
 
 def test_a_folder_with_a_run_is_neither_overwritten_nor_continued_unasked(two_stages, tmp_path, capsys):
@@ -487,9 +487,9 @@ def probe(monkeypatch):
 def test_each_stage_is_seen_to_change_size_drop_rates_randaugment_and_mixup(
     tree, tmp_path, monkeypatch, probe, compiled
 ):
-    rotations, rotate = [], presets.F.rotate
+    rotations, rotate = [], randaugment.F.rotate
     monkeypatch.setattr(
-        presets.F,
+        randaugment.F,
         "rotate",
         lambda image, angle, **kwargs: (rotations.append(abs(angle)), rotate(image, angle, **kwargs))[1],
     )

@@ -20,10 +20,12 @@ from learning.checkpoint import (
     undone,
     write_safely,
 )
-from learning.learner import RunState
+from learning.ema import EMA, ema_decay
 from learning.scores import NonFiniteLoss, Score, TrainingLoss
-from settings.resolve import ConfigError, resolve
-from utils import EMA, Runtime, Stop, drawing_from, ema_decay, find_amp_dtype, find_device, key_to_seed, start_runtime
+from learning.state import RunState
+from settings.errors import ConfigError
+from settings.resolve import resolve
+from utils import Runtime, Stop, drawing_from, find_amp_dtype, find_device, key_to_seed, start_runtime
 
 CPU = Runtime(device=torch.device("cpu"))
 

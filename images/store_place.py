@@ -1,0 +1,225 @@
+"""Where a decode-once store lies, and whether there is room for one."""
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import torch
+
+from images.datasets import Data, ImageTree
+from images.store import NoRoom, build, digest, estimate, open_store, read_header, store_name
+from settings.errors import ConfigError
+from settings.table import Config
+from utils import Runtime
+
+# What `decode_cache auto` may take. Of the disk, so that checkpoints and other programs keep most of it. Of memory,
+# because a store that the file cache cannot hold is read from disk in every epoch, in random order; the other half
+# is for the processes that train. Of a GPU, because training's need is known from one step of each stage only.
+DISK_SHARE = 0.25
+MEMORY_SHARE = 0.5
+DEVICE_SHARE = 0.5
+
+
+def store_side(config: Config) -> int:
+    """Short side of stored images, pixels: twice the largest training crop, and what evaluation resizes to, if
+    that is more. Smaller images stay as they are. `docs/performance.md` derives what this costs: nothing for
+    images up to this size, detail in the tightest crops of larger ones.
+    """
+    largest = int(max(config.train_crop_size))
+    evaluated = max(largest, config.val_crop_size) * config.val_resize_size / config.val_crop_size
+    return max(2 * largest, math.ceil(evaluated))
+
+
+@contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Only one process of this machine at a time. Where a folder cannot be locked (Windows, some network disks) two
+    runs may build the same file, and the later one replaces the other's."""
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def remove_outdated(path: str, images: ImageTree) -> None:
+    """Remove stores of the same images and side as the one in `path`, made from files that have changed since, and
+    what a killed run has left."""
+    folder, name = os.path.split(path)
+    start = name.rsplit("-", 1)[0] + "-"
+    for other in os.listdir(folder):
+        if other == name or not other.startswith(start):
+            continue
+        place = os.path.join(folder, other)
+        with suppress(OSError, ValueError, KeyError):
+            if other.endswith(".images"):
+                outdated = read_header(place)["root"] == digest(images.root)
+            else:
+                outdated = time.time() - os.path.getmtime(place) > 3600  # no one writes to it any more
+            if outdated:
+                os.remove(place)
+
+
+def free_disk(folder: str) -> int:
+    while not os.path.exists(folder):
+        folder = os.path.dirname(os.path.abspath(folder))
+    return shutil.disk_usage(folder).free
+
+
+def available_memory() -> int:
+    """Bytes that processes may still take, or the file cache give up: of the machine, or the container's limit."""
+    found = [sys.maxsize]
+    with suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            line = next(line for line in file if line.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) * 1024)
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError), open(limit, encoding="ascii") as file:  # "max": none
+            found.append(int(file.read()))
+    if len(found) == 1 and hasattr(os, "sysconf"):
+        with suppress(OSError, ValueError):
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found)
+
+
+def writable(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        return os.access(folder, os.W_OK)
+    except OSError:
+        return False
+
+
+def candidates(config: Config, roots: Sequence[str]) -> list[str]:
+    """Folders a store may lie in, the preferred one first: beside the data, so that it serves everyone who sees
+    them; where that cannot be written, in torch's folder for downloads.
+
+    Raises:
+        ConfigError: a folder was given that lies among the images, where it would be taken for a class.
+    """
+
+    def among_images(folder: str) -> bool:
+        place = os.path.realpath(folder)
+        return any(os.path.commonpath([place, os.path.realpath(root)]) == os.path.realpath(root) for root in roots)
+
+    if config.decode_cache != "auto":
+        if among_images(config.decode_cache):
+            raise ConfigError(
+                f"decode_cache {config.decode_cache} lies among the images; give a folder outside of them"
+            )
+        return [config.decode_cache]
+    beside = os.path.join(config.data_path, ".decode_cache")
+    shared = os.path.join(torch.hub.get_dir(), "decode_cache")
+    return [shared] if among_images(beside) else [beside, shared]
+
+
+def make_room(config: Config, images: dict[str, ImageTree], folders: Sequence[str], side: int) -> str | None:
+    """Have a whole store of every set in one of `folders`; or, with decode_cache auto, why there is none.
+
+    images: by the name of their file
+
+    Raises:
+        ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
+    """
+    there = {}
+    for name, source in images.items():
+        for folder in folders:
+            path = os.path.join(folder, name)
+            if os.path.exists(path) and open_store(path, source, check=True) is not None:
+                there[name] = path
+                break
+    missing = {name: source for name, source in images.items() if name not in there}
+    needed = {name: estimate(source, side) for name, source in missing.items()}
+    bytes_needed = sum(needed.values())
+    if config.decode_cache == "auto":
+        in_memory = bytes_needed + sum(os.path.getsize(path) for path in there.values())
+        room = MEMORY_SHARE * available_memory()
+        if in_memory > room:
+            return f"it would take {human(in_memory)} of memory, half of what is free is {human(room)}"
+    if not missing:
+        return None
+    folder = next((folder for folder in folders if writable(folder)), None)
+    if folder is None:
+        if config.decode_cache == "auto":
+            return f"neither {' nor '.join(folders)} can be written to"
+        raise ConfigError(f"decode_cache {folders[0]} cannot be written to; give another folder, or off")
+    free = free_disk(folder)
+    if config.decode_cache == "auto" and bytes_needed > DISK_SHARE * free:
+        discard_empty(folder)
+        return (
+            f"it would take {human(bytes_needed)} in {folder}, a quarter of what is free is {human(DISK_SHARE * free)}"
+        )
+    try:
+        if bytes_needed > free:
+            raise NoRoom(
+                f"decode_cache: {folder} has {human(free)} free, the images need about {human(bytes_needed)}; give "
+                "another folder, or off"
+            )
+        with locked(folder):
+            for name, source in missing.items():
+                path = os.path.join(folder, name)
+                if open_store(path, source, check=True) is None:  # unless another run was faster
+                    build(path, source, side)
+                    remove_outdated(path, source)
+    except NoRoom as error:
+        discard_empty(folder)
+        if config.decode_cache == "auto":
+            return str(error)
+        raise
+    return None
+
+
+def discard_empty(folder: str) -> None:
+    with suppress(OSError):
+        os.rmdir(folder)
+
+
+def human(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) -> Data:
+    """`data` with its images decoded once and kept, as decode_cache asks; unchanged where that is off, where auto
+    finds too little room, and for images that are in memory anyway.
+
+    reserved: bytes of the GPU's memory that training will take beyond what it holds now
+
+    Raises:
+        ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
+    """
+    sets = [data.train, data.val]
+    if config.decode_cache == "off" or not all(isinstance(images, ImageTree) for images in sets):
+        return data
+    side = store_side(config)
+    names = [store_name(images, side) for images in sets]
+    folders = candidates(config, [images.root for images in sets])
+    # One process per machine builds or looks through the files; the others wait for it in `any`.
+    problem = make_room(config, dict(zip(names, sets)), folders, side) if runtime.local_rank == 0 else None
+    if runtime.any(problem is not None):
+        runtime.say(f"decode_cache off: {problem or 'too little room on another machine'}")
+        return data
+    opened = [
+        next(found for folder in folders if (found := open_store(os.path.join(folder, name), images)) is not None)
+        for name, images in zip(names, sets)
+    ]
+    total = sum(stored.header["bytes"] for stored in opened)
+    place = ""
+    if runtime.device.type == "cuda":
+        free = torch.cuda.mem_get_info(runtime.device)[0] - reserved
+        if not runtime.any(opened[0].header["bytes"] > DEVICE_SHARE * free):
+            opened[0].place_on(runtime.device)
+            place = ", the training images on the GPU"
+    runtime.say(f"images decoded once: {human(total)} in {os.path.dirname(opened[0].path)}{place}")
+    return replace(data, train=opened[0], val=opened[1], store_side=side)

@@ -1,0 +1,32 @@
+"""Worker processes: they leave signals to the process that trains, and end when their loader does."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.utils.data import DataLoader
+
+
+def ignore_signals(worker: int) -> None:
+    """For worker processes. Ctrl-C and a scheduler's SIGTERM reach the whole group of processes; the training process
+    decides, and still needs its workers for the step it is in."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def close_loader(loader: DataLoader) -> None:
+    """End the worker processes now. Left to garbage collection they linger into the next stage
+    (pytorch/pytorch#22133); torch has no public call for it."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+    loader._iterator = None
+
+
+@contextmanager
+def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
+    """Within, use `loader`; afterwards its workers are gone, also if something was raised."""
+    try:
+        yield loader
+    finally:
+        close_loader(loader)

@@ -1,0 +1,39 @@
+"""How far a run is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from learning.scores import Score
+
+
+@dataclass
+class RunState:
+    """How far a run is; with the learner's weights, all that a resume needs.
+
+    epoch, step: the next step to take
+    loss_sum, num_images, train_seconds, wait_seconds: of the part of `epoch` that is done, all processes
+    best_top1, best_epoch, best_weights: percent, epoch and copy ("model" or "ema") of the best evaluation
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    num_images: int = 0
+    train_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    best_top1: float = -1.0
+    best_epoch: int = -1
+    best_weights: str = "model"
+
+    def note_best(self, scores: Mapping[str, Score]) -> bool:
+        """Whether one of the copies just evaluated is the best so far; then it is noted."""
+        before = self.best_top1
+        for name, score in scores.items():
+            if score.top1 > self.best_top1:
+                self.best_top1, self.best_epoch, self.best_weights = score.top1, self.epoch, name
+        return self.best_top1 > before
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.step = self.num_images = 0
+        self.loss_sum = self.train_seconds = self.wait_seconds = 0.0

@@ -1,0 +1,77 @@
+"""Weights from a file or from torchvision, onto a head of another class count."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+
+from settings.errors import ConfigError, first_line
+
+
+def find_weights(name: str, weights: str) -> Any:
+    """The torchvision weights enum member of a model: `DEFAULT`, `IMAGENET1K_V1`, or with the class in front.
+
+    Raises:
+        ConfigError: the model has none of that name, and no such file exists.
+    """
+    try:
+        members = list(get_model_weights(name))
+    except ValueError:  # a model of ours, of which torchvision has no weights
+        members = []
+    for member in members:
+        if weights in (member.name, str(member)):
+            return member
+    if members and weights == "DEFAULT":
+        return get_model_weights(name).DEFAULT
+    known = ", ".join(["DEFAULT", *map(str, members)]) if members else "none"
+    raise ConfigError(f"weights {weights!r} is neither a file nor weights of {name} (it has {known})")
+
+
+def read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    """State dict of a file (a bare state dict, or a checkpoint's `model_ema` or `model`) or of torchvision.
+
+    Raises:
+        ConfigError: not a file of weights, or it cannot be fetched.
+    """
+    if not os.path.isfile(weights):
+        member = find_weights(name, weights)
+        try:
+            return member.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:  # no network; a download cut short
+            raise ConfigError(
+                f"weights {member} cannot be fetched: {first_line(error)}; give a file instead"
+            ) from error
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch.load raises on a stray file varies with the file
+        raise ConfigError(
+            f"weights: {weights} is not a file of weights that loads safely ({type(error).__name__})"
+        ) from error
+    if isinstance(state, dict):
+        state = next((state[key] for key in ("model_ema", "model") if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"weights: {weights} holds no state dict")
+    return state
+
+
+def load_weights(model: nn.Module, name: str, weights: dict[str, Tensor], num_classes: int) -> str:
+    """Load what fits, and say what was loaded and what was not. Only a head of another class count
+    and auxiliary heads may stay out."""
+    state = {key: value for key, value in weights.items() if not key.startswith(("aux", "AuxLogits"))}
+    own = model.state_dict()
+    head = {
+        key for key in own.keys() & state.keys()
+        if own[key].ndim and own[key].shape != state[key].shape
+        and own[key].shape[0] == num_classes and own[key].shape[1:] == state[key].shape[1:]
+    }  # fmt: skip
+    misfits = [key for key in own if key not in head and (key not in state or own[key].shape != state[key].shape)]
+    misfits += [key for key in state if key not in own]
+    if misfits:
+        raise ConfigError(
+            f"weights are not of {name}: {len(misfits)} tensors are missing, unknown or of another shape, first {misfits[0]}"
+        )
+    model.load_state_dict({key: value for key, value in state.items() if key not in head}, strict=False)
+    told = f"{len(own) - len(head)} of {len(own)} tensors loaded"
+    return f"{told}; new head for {num_classes} classes ({', '.join(sorted(head))})" if head else told

@@ -1,0 +1,40 @@
+"""An epoch on the terminal."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from learning.scores import TrainingLoss
+from settings.table import Config
+from stages import Stage
+
+
+class Progress:
+    """An epoch on the terminal: a bar, or, where no one watches, a line every print_freq steps; a line at its end."""
+
+    def __init__(self, stage: Stage, epoch: int, config: Config, first_step: int, num_steps: int, show: bool):
+        self.title = f"stage {stage.index}, {stage.image_size} px, epoch {epoch + 1}/{config.epochs}"
+        self.print_freq, self.num_steps, self.show = config.print_freq, num_steps, show
+        watched = show and sys.stderr.isatty()
+        self.bar = tqdm(
+            desc=self.title, initial=first_step, total=num_steps, unit="step", leave=False, disable=not watched
+        )
+
+    def step(self, step: int, losses: TrainingLoss) -> None:
+        """A step is done. Only every print_freq of them is the device waited for, to read the loss."""
+        self.bar.update()
+        if (step + 1) % self.print_freq == 0:
+            loss = losses.read()  # on every process, so that all of them notice a loss that is not finite
+            if not self.bar.disable:
+                self.bar.set_postfix_str(f"loss {loss:.4f}")
+            elif self.show:
+                print(f"{self.title} [{step + 1}/{self.num_steps}] loss {loss:.4f}", flush=True)
+
+    def conclude(self, record: Mapping[str, Any]) -> None:
+        self.bar.close()
+        if self.show:
+            parts = [f"{name} {record[name]:.2f}" for name in ("top1", "top1_ema") if record[name] is not None]
+            speed = f"{record['images_per_second']:.0f} images/s, {record['epoch_seconds']:.1f} s"
+            print(f"{self.title}: " + ", ".join([f"loss {record['loss']:.4f}", *parts, speed]), flush=True)

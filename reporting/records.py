@@ -1,0 +1,144 @@
+"""What is measured: the line of an epoch and the summary of a run."""
+
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torchvision
+
+from learning.learner import Learner
+from learning.scores import Score
+from learning.state import RunState
+from reporting.folder import stage_speed
+from settings.table import Config
+from stages import Stage
+from utils import Runtime
+
+
+def epoch_record(stage: Stage, state: RunState, learner: Learner, scores: Mapping[str, Score]) -> dict[str, Any]:
+    """An epoch's line of metrics.jsonl. None: not evaluated, not there on this device, or listed as not finite."""
+    plain, average = scores.get("model"), scores.get("ema")
+    # JSON has no infinity; a training loss that is not finite ends the run
+    diverged = plain is not None and not math.isfinite(plain.loss)
+    return {
+        "epoch": state.epoch,
+        "stage": stage.index,
+        "image_size": stage.image_size,
+        "lr": learner.optimizer.param_groups[0]["lr"],
+        "loss": state.loss_sum / state.num_images,
+        "val_loss": None if plain is None or diverged else plain.loss,
+        "top1": plain and plain.top1,
+        "top5": plain and plain.top5,
+        "top1_ema": average and average.top1,
+        "images_per_second": state.num_images / state.train_seconds,
+        "epoch_seconds": state.train_seconds,
+        "data_wait_fraction": state.wait_seconds / state.train_seconds,
+        "gpu_memory_gib": learner.runtime.peak_memory_gib(),
+        "non_finite": ["val_loss"] if diverged else [],
+        **stage.settings(),
+    }
+
+
+def summarise(
+    config: Config,
+    plan: Mapping[str, Any],
+    state: RunState,
+    learner: Learner,
+    sizes: Mapping[str, int],
+    closing: Mapping[int, Mapping[str, Score]],
+    records: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """A finished run's summary.json.
+
+    sizes: what the last evaluations were made at, by name, pixels
+    closing: their scores, by size and by copy of the weights ("model", "ema", "best")
+    """
+
+    def at_sizes(copy: str) -> dict[str, dict[str, Any]]:
+        rows = {}
+        for name, size in sizes.items():
+            score = closing[size][copy]
+            rows[name] = {"image_size": size, "top1": score.top1, "top5": score.top5}
+            if copy == "model" and "ema" in closing[size]:
+                rows[name].update(top1_ema=closing[size]["ema"].top1, top5_ema=closing[size]["ema"].top5)
+        return rows
+
+    # The final weights come from the last stage, the best ones perhaps not.
+    final = at_sizes("model")
+    final["stage_size"] = final["last_training_size"]
+    stages = []
+    for stage in plan["stages"]:
+        seconds, speed = stage_speed(records, stage["index"])
+        stages.append(dict(stage, train_seconds=seconds, images_per_second=speed))
+    seconds = sum(stage["train_seconds"] for stage in stages)
+    images = sum(stage["train_seconds"] * stage["images_per_second"] for stage in stages)
+    return {
+        "model": config.model,
+        "dataset": config.dataset,
+        "top1": final["test_size"]["top1"],
+        "top5": final["test_size"]["top5"],
+        "top1_ema": final["test_size"].get("top1_ema"),
+        "best_top1": state.best_top1,
+        "best_epoch": state.best_epoch,
+        "final": final,
+        "best": {"epoch": state.best_epoch, "weights": state.best_weights, **at_sizes("best")},
+        "stages": stages,
+        "relative_cost": plan["relative_cost"],
+        "train_seconds": seconds,
+        "images_per_second": images / seconds,
+        # As many images at the last stage's measured speed, over the time the run took
+        "speedup_over_fixed_size": images / stages[-1]["images_per_second"] / seconds,
+        "epochs": config.epochs,
+        "parameters": sum(parameter.numel() for parameter in learner.model.parameters()),
+        "memory_gib": host_memory_gib(),
+        "gpu_memory_gib": max(
+            (record["gpu_memory_gib"] for record in records if record["gpu_memory_gib"]), default=None
+        ),
+        "device": device_name(learner.runtime),
+        "processes": learner.runtime.world_size,
+        "seed": config.seed,
+        "commit": commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "cuda": torch.version.cuda if learner.runtime.device.type == "cuda" else None,
+            "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        },
+    }
+
+
+def device_name(runtime: Runtime) -> str:
+    if runtime.device.type == "cuda":
+        return torch.cuda.get_device_name(runtime.device)
+    return runtime.device.type
+
+
+def host_memory_gib() -> float | None:
+    """Most memory the training process has held, GiB, workers left out; None where the system does not count it."""
+    if os.path.exists("/proc/self/status"):  # Linux's getrusage begins at the peak of the program that started this one
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next((int(line.split()[1]) / 2**20 for line in file if line.startswith("VmHWM:")), None)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def commit() -> str | None:
+    """The commit of this code, `-dirty` if it was changed since; None outside a clone."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"],
+            cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

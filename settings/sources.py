@@ -1,0 +1,113 @@
+"""Where settings come from: YAML files and the command line."""
+
+import argparse
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn
+
+import yaml
+
+from settings.errors import ConfigError
+from settings.table import DEFAULTS, SETTINGS, show
+from settings.values import LISTS, convert, nearest, parse_text
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML's safe types alone, and no key twice: the second would silently win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings in file `path`, converted; keys that no setting has are refused.
+
+    Raises:
+        ConfigError: no such file, not YAML, not plain settings (Python objects included).
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, UniqueKeys)
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config: {path} is not a text file") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"config: {path} is not plain YAML{line}: {reason}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: {path} must hold lines of `setting: value`, it holds a {type(content).__name__}")
+    return convert_all(content, f"{path}: ")
+
+
+def convert_all(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    reject_unknown(given, SETTINGS, where)
+    for name in ("config", "plan"):
+        if name in given:
+            raise ConfigError(f"{where}{name} belongs on the command line")
+    return {name: convert(name, value, where) for name, value in given.items()}
+
+
+def reject_unknown(names: Collection[Any], known: Collection[str], where: str, dashes: str = "") -> None:
+    """Raise ConfigError for the first of `names` that is not `known`, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            near = nearest(str(name), known)
+            hint = f"did you mean {dashes}{near}?" if near else "python train.py --help lists all"
+            raise ConfigError(f"{where}unknown setting {dashes}{name}; {hint}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: every setting as --name-with-dashes, its value as text."""
+    parser = Parser(
+        prog="train.py",
+        description="Train an image classifier through the stages of EfficientNetV2's progressive learning.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    names = dict.fromkeys(row["group"] for row in SETTINGS.values())  # in the table's order
+    groups = {name: parser.add_argument_group(name) for name in names}
+    for name, row in SETTINGS.items():
+        default = "" if DEFAULTS[name] in (None, "") else f" (default: {show(DEFAULTS[name])})"
+        text = (row["help"] + default).replace("%", "%%")
+        options: dict[str, Any] = {"dest": name, "help": text}
+        if row["kind"] == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        elif name == "plan":
+            options.update(nargs="?", const="table", metavar="json")
+        else:
+            options["metavar"] = (
+                "|".join(row["choices"]) if row["choices"] else {"s": "TEXT", "i": "N", "f": "X"}[row["kind"][0]]
+            )
+            if row["kind"] in LISTS:
+                options["nargs"] = "+"
+        groups[row["group"]].add_argument("--" + name.replace("_", "-"), *row["flags"], **options)
+    return parser
+
+
+def read_command_line(argv: Sequence[str]) -> dict[str, Any]:
+    """The settings given on the command line, converted.
+
+    Raises:
+        ConfigError: unknown flag (abbreviations are unknown), missing or wrong value.
+    """
+    parser = build_parser()
+    given, rest = parser.parse_known_args(list(argv))
+    unknown = [word for word in rest if word.startswith("-")] or rest
+    flags = [word.split("=")[0].lstrip("-") for word in unknown if word.startswith("--")]
+    reject_unknown(flags, [name.replace("_", "-") for name in SETTINGS], "", dashes="--")
+    if unknown:
+        raise ConfigError(f"cannot make sense of {unknown[0]!r} on the command line; flags begin with --, see --help")
+    return {name: convert(name, parse_text(name, value)) for name, value in vars(given).items()}

@@ -1,0 +1,140 @@
+"""One value of a setting: from text or YAML to its type, and back to text."""
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from settings.errors import ConfigError
+from settings.table import DEFAULTS, SETTINGS
+
+
+def seconds(duration: str) -> float:
+    """`90s`, `25m`, `1.5h` or plain seconds, in seconds.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", duration.strip())
+    if not match or float(match[1]) == 0:
+        raise ConfigError(f"time_budget must be a time such as 90s, 25m or 1.5h, got {duration!r}")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+LISTS = ("ints", "floats", "strs")
+
+
+def convert(name: str, value: Any, where: str = "") -> Any:
+    """`value`, as YAML or the command line gave it, in the type of setting `name`.
+
+    Raises:
+        ConfigError: it has another type, or is not one of the accepted values.
+    """
+    row = SETTINGS[name]
+    if value is None or (row["optional"] and value == "none"):
+        if not row["optional"]:
+            raise ConfigError(f"{where}{name} must be {describe(row)}, got nothing")
+        return None
+    kind = row["kind"]
+    if kind in LISTS:
+        items = value if isinstance(value, list | tuple) else [value]
+        if not items:
+            raise ConfigError(f"{where}{name} needs at least one value, got an empty list")
+        return tuple(convert_one(name, item, kind[:-1], where) for item in items)
+    return convert_one(name, value, kind, where)
+
+
+def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
+    row = SETTINGS[name]
+    wrong = ConfigError(f"{where}{name} must be {describe(row)}, got {value!r}")
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if kind == "str":
+        if name == "time_budget" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)  # seconds, which YAML reads as a number
+        if not isinstance(value, str):
+            raise wrong
+        if row["choices"] is None:
+            return value
+        if value.lower() not in row["choices"]:
+            near = nearest(value.lower(), row["choices"])
+            hint = f"; did you mean {near}?" if near else ""
+            raise ConfigError(f"{where}{name} must be one of {', '.join(row['choices'])}, got {value!r}{hint}")
+        return value.lower()
+    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text, a trap worth its own words
+        if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            proper = re.sub(r"[eE]\+?", "e+", value, count=1).replace("e+-", "e-")
+            proper = proper if "." in proper else proper.replace("e", ".0e")
+            raise ConfigError(
+                f"{where}{name} must be {describe(row)}, got {value!r} (YAML reads that as text; write {proper})"
+            )
+        raise wrong
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong
+    if abs(value) > 1e300 or value != value or (kind == "int" and value != int(value)):  # no inf, no nan
+        raise (
+            ConfigError(f"{where}{name} must be {describe(row)} of usual size, got {str(value)[:20]}")
+            if abs(value) > 1e300
+            else wrong
+        )
+    if not within(value, row["interval"]):
+        raise ConfigError(f"{where}{name} must be in {row['interval']}, got {value:g}")
+    return int(value) if kind == "int" else float(value)
+
+
+def within(value: float, interval: str) -> bool:
+    """Whether `value` lies in an interval written as "[0, 1)"."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    return (value >= low if interval[0] == "[" else value > low) and (
+        value <= high if interval[-1] == "]" else value < high
+    )
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    noun = {
+        "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",
+        "ints": "whole numbers", "floats": "a number or a list of numbers", "strs": "words",
+    }[row["kind"]]  # fmt: skip
+    return f"one of {', '.join(row['choices'])}" if row["choices"] else noun
+
+
+def as_text(value: Any) -> str:
+    """A plain value as a dashboard shows it in a field; nothing for None."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def from_text(name: str, text: str) -> Any:
+    """What was written into the field of setting `name`; `convert` says what is wrong with it."""
+    row, text = SETTINGS[name], text.strip()
+    if not text:
+        return "" if DEFAULTS[name] == "" else None
+    if row["kind"] == "bool":
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if row["kind"] in LISTS:
+        return [parse_text(name, item.strip("'\"")) for item in re.split(r"[\s,]+", text.strip("[]() ")) if item]
+    return parse_text(name, text)
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The one of `known` that `name` is short for or misspells, if any."""
+    longer = [word for word in known if name and word.startswith(name)]
+    return next(iter(longer or difflib.get_close_matches(name, known, n=1)), None)
+
+
+def parse_text(name: str, value: Any) -> Any:
+    """Command-line text as the number it stands for; text that is none goes on to `convert`, which
+    knows what to say about it."""
+    if isinstance(value, list):
+        return [parse_text(name, item) for item in value]
+    if isinstance(value, str) and SETTINGS[name]["kind"] not in ("str", "strs", "bool"):
+        for number in (int, float):
+            try:
+                return number(value)
+            except ValueError:
+                pass
+    return value

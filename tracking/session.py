@@ -1,0 +1,111 @@
+"""Which tasks a run's folder has: on a server, and offline, not sent yet."""
+
+import json
+import os
+import shutil
+from typing import Any
+
+from reporting.folder import read_json
+from tracking.server import find_task, load_sdk
+
+
+class Session:
+    """Which tasks a run's folder has: on a server, and offline, not sent yet. Kept in clearml/task.json.
+
+    online, offline: ids, or None
+    """
+
+    def __init__(self, folder: str):
+        self.root = os.path.join(os.path.abspath(folder), "clearml")
+        self.file = os.path.join(self.root, "task.json")
+        try:
+            known = read_json(self.file)
+        except (OSError, ValueError):
+            known = None  # damaged: a new task gets the whole run
+        known = known if isinstance(known, dict) else {}
+        self.online: str | None = known.get("online")
+        self.offline: str | None = known.get("offline")
+        if self.offline is not None and not os.path.isdir(self.offline_folder):
+            self.offline = None
+        self.lock: Any = None
+
+    @property
+    def offline_folder(self) -> str:
+        return os.path.join(self.root, "offline", str(self.offline))
+
+    def hold(self) -> bool:
+        """Whether no other process of this machine has the session; then it is this one's until it ends."""
+        os.makedirs(self.root, exist_ok=True)
+        self.lock = open(os.path.join(self.root, "lock"), "w")  # noqa: SIM115, closed with the process
+        try:
+            import fcntl
+
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold it too
+        except (BlockingIOError, PermissionError):  # which of them, systems differ
+            return False
+        except (ImportError, OSError):  # Windows, some network disks
+            pass
+        return True
+
+    def note(self, task_id: str) -> None:
+        if task_id.startswith("offline"):
+            self.offline = task_id
+        else:
+            self.online = task_id
+        self.write()
+
+    def write(self) -> None:
+        with open(self.file + ".tmp", "w", encoding="utf-8") as file:
+            json.dump({"online": self.online, "offline": self.offline}, file)
+        os.replace(self.file + ".tmp", self.file)
+
+    def drop_offline(self) -> None:
+        shutil.rmtree(os.path.join(self.root, "offline"), ignore_errors=True)
+        self.offline = None
+        self.write()
+
+    def forget(self) -> None:
+        """Of a run that starts anew in this folder."""
+        self.online = None
+        self.drop_offline()
+
+
+def import_session(session: Session) -> str:
+    """Send an offline session to the server and remove it; the id of its task there. Sent again after a failure, it
+    goes into the same task."""
+    Task = load_sdk().Task
+    for name in ("metrics.jsonl", "log.jsonl"):
+        drop_half_line(os.path.join(session.offline_folder, name))
+
+    class Importer(Task):
+        @classmethod
+        def import_task(cls, *args: Any, **kwargs: Any) -> Any:
+            task = find_task(session.online) if session.online else None
+            if task is None:
+                task = super().import_task(*args, **kwargs)
+                session.note(task.id)  # at once: what fails from here on goes on in this task
+            return task
+
+    Importer.import_offline_session(session.offline_folder)
+    session.drop_offline()
+    assert session.online is not None
+    return session.online
+
+
+def drop_half_line(path: str) -> None:
+    """A process that was killed may leave its last line cut short; the SDK cannot read that."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.readlines()
+    whole = []
+    for line in lines:
+        try:
+            json.loads(line)
+        except ValueError:
+            continue
+        whole.append(line if line.endswith("\n") else line + "\n")
+    if whole != lines:
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.writelines(whole)
+        os.replace(path + ".tmp", path)
