@@ -1,6 +1,6 @@
 # make demo   a virtual environment, and the quickstart: four stages on handwritten digits, on any CPU
 # make test   the same environment with what the tests need, and the tests
-# make lint   formatting, lint, types
+# make lint   formatting, lint, types, the order of the floors
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,6 +17,7 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # A file marks what was installed, so that only a changed list installs again.
 .venv/run: requirements.txt

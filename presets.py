@@ -5,7 +5,7 @@ Transforms of one image draw from torch's default CPU generator, which `images/s
 index); so an image's augmentation depends on nothing else.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from augment.batch import rand_augment, to_device
 from augment.draws import CROP, ERASE, ERASED, FLIP, OPS, SIGNS, Array, Boxes, crop_boxes, erase_boxes
 from augment.pixels import IMAGENET_MEAN, IMAGENET_STD, RandomResizedCrop, to_normalised, to_rgb
 from augment.randaugment import BINS_PER_UNIT, RandAugment
+from settings.table import Config
+
+if TYPE_CHECKING:
+    from stages import Stage
 
 
 def train_preset(
@@ -78,27 +82,6 @@ def eval_preset(
     return v1.Compose(steps + to_normalised(lib, backend))
 
 
-# ---- mixup, cutmix ----
-
-
-def batch_mix(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> nn.Module | None:
-    """Mixup or cutmix of a batch, one of the two per batch if both alphas are above 0; None if neither is.
-
-    It takes images (N, 3, S, S) and class numbers (N,), and gives images and soft targets (N, K). Its draws
-    come from the CPU generator, so nothing waits for the device. Label smoothing is the loss's.
-
-    Source: arXiv:1710.09412 (mixup), arXiv:1905.04899 (cutmix).
-    """
-    mixes: list[nn.Module] = []
-    if mixup_alpha > 0:
-        mixes.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
-    if cutmix_alpha > 0:
-        mixes.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
-    if len(mixes) == 2:
-        return v2.RandomChoice(mixes)
-    return mixes[0] if mixes else None
-
-
 class BatchPreset:
     """A stage's training preset for batches, in two parts: where to crop and whether to flip, which whoever holds the
     pixels applies, and `finish`, on the device."""
@@ -149,3 +132,43 @@ class BatchPreset:
             columns = (place >= left) & (place < left + width)
             out.masked_fill_((rows[:, None, :, None] & columns[:, None, None, :]), 0.0)
         return out
+
+
+def stage_preset(config: Config, stage: "Stage", on_device: bool) -> v1.Compose | BatchPreset:
+    """Make the training preset of a stage: of one image, or of batches on the device."""
+    shared: dict[str, Any] = dict(
+        image_size=stage.image_size,
+        ra_magnitude=stage.ra_magnitude,
+        ra_scale=config.ra_scale,
+        random_erase=stage.random_erase,
+        crop_scale=config.train_crop_scale,
+        hflip_prob=config.hflip_prob,
+    )
+    if on_device:
+        return BatchPreset(**shared)
+    return train_preset(
+        **shared,
+        auto_augment=config.auto_augment,
+        augmix_severity=config.augmix_severity,
+        interpolation=config.interpolation,
+        backend=config.backend,
+        use_v2=config.use_v2,
+    )
+
+
+def batch_mix(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> nn.Module | None:
+    """Mixup or cutmix of a batch, one of the two per batch if both alphas are above 0; None if neither is.
+
+    It takes images (N, 3, S, S) and class numbers (N,), and gives images and soft targets (N, K). Its draws
+    come from the CPU generator, so nothing waits for the device. Label smoothing is the loss's.
+
+    Source: arXiv:1710.09412 (mixup), arXiv:1905.04899 (cutmix).
+    """
+    mixes: list[nn.Module] = []
+    if mixup_alpha > 0:
+        mixes.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
+    if cutmix_alpha > 0:
+        mixes.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
+    if len(mixes) == 2:
+        return v2.RandomChoice(mixes)
+    return mixes[0] if mixes else None

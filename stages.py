@@ -5,18 +5,20 @@ The plan is arithmetic on settings (EfficientNetV2, arXiv:2104.00298, Algorithm 
 on the model that trains; optimizer, schedule, EMA and the count of epochs are not touched.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from images.loaders import TrainLoader
 from learning.cost import gflops_per_image
 from learning.models import build_on_meta, set_dropout, set_stochastic_depth
-from settings.table import Config
+from settings.table import SCHEDULES, Config
+
+if TYPE_CHECKING:
+    from images.loaders import TrainLoader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,16 @@ class Stage:
 
     def settings(self) -> dict[str, Any]:
         """What goes from stage to stage, by name: for logs and tables."""
-        return {name: value for name, value in vars(self).items() if name not in ("index", "epochs")}
+        return {name: getattr(self, name) for name in COLUMNS}
+
+
+# What a stage sets, in the order of its fields: the columns of every table.
+COLUMNS = {
+    schedule.field: schedule
+    for field in fields(Stage)
+    for schedule in SCHEDULES.values()
+    if schedule.field == field.name
+}
 
 
 def stage_value(first: float, last: float, index: int, num_stages: int) -> float:
@@ -99,101 +110,113 @@ def stage_epochs(config: Config) -> list[range]:
 
 
 def plan_stages(config: Config) -> list[Stage]:
-    """The stages of a run.
+    """Work out the stages of a run.
 
     Sizes round down to whole pixels, or to a multiple of `image_size_multiple`; batch sizes to
     whole images; strengths, probabilities and alphas stay as they come.
 
     Source: arXiv:2104.00298, Algorithm 1.
     """
-    num_stages = config.stages
-    sizes = spread(config.train_crop_size, num_stages)
-    if config.stage_rule == "released" and num_stages > 1:
+    columns = {schedule.field: values_of(config, name) for name, schedule in SCHEDULES.items()}
+    if config.stage_rule == "released" and config.stages > 1:
         first, last = config.train_crop_size
-        sizes = [released_image_size(first, last, i, num_stages) for i in range(num_stages)]
+        columns["image_size"] = [int(released_image_size(first, last, i, config.stages)) for i in range(config.stages)]
     multiple = config.image_size_multiple
-    unset: list[float | None] = [None] * num_stages
-    columns: dict[str, list[Any]] = {
-        "image_size": [int(size) // multiple * multiple for size in sizes],
-        "ra_magnitude": spread(config.ra_magnitude, num_stages) if config.auto_augment == "ra" else unset,
-        "mixup_alpha": spread(config.mixup_alpha, num_stages),
-        "cutmix_alpha": spread(config.cutmix_alpha, num_stages),
-        "dropout": spread(config.dropout, num_stages) if config.dropout else unset,
-        "stochastic_depth_prob": spread(config.stochastic_depth_prob, num_stages)
-        if config.stochastic_depth_prob
-        else unset,
-        "random_erase": spread(config.random_erase, num_stages),
-        "batch_size": [int(size) for size in spread(config.batch_size, num_stages)],
-    }
+    columns["image_size"] = [size // multiple * multiple for size in columns["image_size"]]
     return [
         Stage(index=i, epochs=epochs, **{name: column[i] for name, column in columns.items()})
         for i, epochs in enumerate(stage_epochs(config))
     ]
 
 
-def relative_cost(stages: Sequence[Stage], gflops: Sequence[float]) -> float:
-    """Arithmetic of the run over that of as many epochs at the last stage's size.
+def values_of(config: Config, name: str) -> list[Any]:
+    """Spread the scheduled setting `name` over the stages; None in all of them where it is unset or does nothing."""
+    given = getattr(config, name)
+    if given is None or config.idle(name):
+        return [None] * config.stages
+    values = spread(given, config.stages)
+    return [int(value) for value in values] if SCHEDULES[name].whole else values
 
-    gflops: per image, one per stage
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run, and what they cost.
+
+    gflops_per_image: billions of multiply-adds of one image's forward pass, in each stage
     """
-    spent = sum(len(stage.epochs) * cost for stage, cost in zip(stages, gflops))
-    return spent / (sum(len(stage.epochs) for stage in stages) * gflops[-1])
+
+    stages: Sequence[Stage]
+    gflops_per_image: Sequence[float]
+
+    @property
+    def relative_cost(self) -> float:
+        """Arithmetic of the run over that of as many epochs at the last stage's size."""
+        epochs = [len(stage.epochs) for stage in self.stages]
+        spent = sum(count * gflops for count, gflops in zip(epochs, self.gflops_per_image))
+        return spent / (sum(epochs) * self.gflops_per_image[-1])
+
+    def stage_of(self, epoch: int) -> Stage:
+        return next(stage for stage in self.stages if epoch in stage.epochs)
+
+    def ahead(self, epoch: int) -> list[Stage]:
+        """List the stages that still have epochs to train, from number `epoch` on."""
+        return [stage for stage in self.stages if stage.epochs.stop > epoch]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give plain values, for `--plan json` and files; `last_epoch` is exclusive."""
+        rows = [
+            {"index": stage.index, "first_epoch": stage.epochs.start, "last_epoch": stage.epochs.stop}
+            | stage.settings()
+            | {"gflops_per_image": gflops}
+            for stage, gflops in zip(self.stages, self.gflops_per_image)
+        ]
+        return {"stages": rows, "relative_cost": self.relative_cost}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Plan":
+        """Read what `as_dict` gave, of an older version too: settings it did not know are None."""
+        stages = [
+            Stage(
+                index=row["index"],
+                epochs=range(row["first_epoch"], row["last_epoch"]),
+                **{schedule.field: row.get(schedule.field) for schedule in SCHEDULES.values()},
+            )
+            for row in content["stages"]
+        ]
+        return cls(stages, [row["gflops_per_image"] for row in content["stages"]])
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Give headings and rows as text; epochs counted from 1."""
+        rows = []
+        for stage, gflops in zip(self.stages, self.gflops_per_image):
+            shown = [schedule.show(getattr(stage, name)) for name, schedule in COLUMNS.items()]
+            epochs = f"{stage.epochs.start + 1}-{stage.epochs.stop}"
+            rows.append([str(stage.index), epochs, *shown, f"{gflops:.4g}"])
+        return ["stage", "epochs", *(schedule.heading for schedule in COLUMNS.values()), "GFLOPs/image"], rows
+
+    def __str__(self) -> str:
+        """Give the plan as a table for a terminal."""
+        heads, rows = self.table()
+        widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [heads, *rows]]
+        last = self.stages[-1]
+        lines.append(
+            f"cost: {self.relative_cost:.3f} of {last.epochs.stop} epochs at {last.image_size} px throughout, in multiply-adds"
+        )
+        return "\n".join(lines)
 
 
-def describe_plan(config: Config, stages: Sequence[Stage]) -> dict[str, Any]:
-    """The plan with its cost, as plain values for `--plan json`.
+def make_plan(config: Config) -> Plan:
+    """Plan a run, with its cost.
 
     Raises:
         ConfigError: the model cannot take an image size, or has nothing that a drop rate could act on.
     """
+    stages = plan_stages(config)
     model = build_on_meta(config.model)
     for stage in stages:
         set_drop_rates(model, stage)
-    gflops = gflops_per_image(model, [stage.image_size for stage in stages])
-    rows = [
-        {"index": stage.index, "first_epoch": stage.epochs.start, "last_epoch": stage.epochs.stop}
-        | stage.settings()
-        | {"gflops_per_image": cost}
-        for stage, cost in zip(stages, gflops)
-    ]
-    return {"stages": rows, "relative_cost": relative_cost(stages, gflops)}
-
-
-PLAN_COLUMNS = {  # heading: what stands in it when the value is None, or 0 where that means off
-    "image_size": ("image size", ""),
-    "ra_magnitude": ("RandAugment", "off"),
-    "mixup_alpha": ("mixup", "off"),
-    "cutmix_alpha": ("cutmix", "off"),
-    "random_erase": ("erase", "off"),
-    "dropout": ("dropout", "model's"),
-    "stochastic_depth_prob": ("stoch. depth", "model's"),
-    "batch_size": ("batch", ""),
-    "gflops_per_image": ("GFLOPs/image", ""),
-}
-
-
-def plan_table(plan: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of a plan, as text; epochs counted from 1."""
-    rows = []
-    for stage in plan["stages"]:
-        row = [str(stage["index"]), f"{stage['first_epoch'] + 1}-{stage['last_epoch']}"]
-        for name, (_, absent) in PLAN_COLUMNS.items():
-            value = stage[name]
-            row.append(absent if value is None or (absent == "off" and value == 0) else f"{value:.4g}")
-        rows.append(row)
-    return ["stage", "epochs", *(heading for heading, _ in PLAN_COLUMNS.values())], rows
-
-
-def format_plan(plan: dict[str, Any]) -> str:
-    """The plan as a table for a terminal."""
-    heads, rows = plan_table(plan)
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [heads, *rows]]
-    last = plan["stages"][-1]
-    lines.append(
-        f"cost: {plan['relative_cost']:.3f} of {last['last_epoch']} epochs at {last['image_size']} px throughout, in multiply-adds"
-    )
-    return "\n".join(lines)
+    return Plan(stages, gflops_per_image(model, [stage.image_size for stage in stages]))
 
 
 def set_drop_rates(model: nn.Module, stage: Stage) -> None:
@@ -213,7 +236,7 @@ class StageScheduler:
     """
 
     def __init__(
-        self, make_loader: Callable[[Stage], TrainLoader], models: Iterable[nn.Module], stages: Sequence[Stage] = ()
+        self, make_loader: "Callable[[Stage], TrainLoader]", models: Iterable[nn.Module], stages: Sequence[Stage] = ()
     ):
         self.make_loader = make_loader
         self.models = list(models)
@@ -221,7 +244,7 @@ class StageScheduler:
         self.loader: TrainLoader | None = None
         self.following: TrainLoader | None = None
 
-    def enter(self, stage: Stage) -> TrainLoader:
+    def enter(self, stage: Stage) -> "TrainLoader":
         """The loader of `stage`, its drop rates set; the loader of the stage before is closed."""
         following, self.following = self.following, None
         self.close()

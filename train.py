@@ -11,10 +11,16 @@ accuracy, stands at its head.
 Exit status: 0 finished; 2 wrong input; 3 stopped early and saved, `--resume auto` continues; 1 the rest.
 """
 
+import sys
+
+from settings import early
+
+if __name__ == "__main__":
+    early.answer(sys.argv[1:])  # help and mistakes, before torch is imported
+
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,26 +31,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from images.datasets import load_data
+from images.datasets import Data, load_data
 from images.loaders import TrainLoader, augment_on, eval_loader, sample_grid, train_loader
 from images.store_place import with_store
 from images.workers import closing_loader
-from learning.checkpoint import check_data, check_store, find_checkpoint
-from learning.ema import EMA
-from learning.learner import Learner
-from learning.models import build_model, check_model
-from learning.optim import build_optimizer, learning_rate_schedule, set_learning_rate
+from learning.learner import Learner, build_learner
+from learning.models import check_model
+from learning.optim import learning_rate_schedule, set_learning_rate
 from learning.rehearse import rehearse
+from learning.resume import check_data, check_store, find_checkpoint
 from learning.scores import NonFiniteLoss, Score, TrainingLoss
 from learning.state import RunState
 from learning.weights import read_weights
 from reporting.folder import check_folder
-from reporting.log import Dashboard, RunLog
+from reporting.log import Dashboard, FolderLog, RunLog
 from reporting.progress import Progress
-from reporting.records import epoch_record, summarise
-from settings.errors import ConfigError
+from settings.errors import ConfigError, tell
 from settings.table import Config
-from stages import StageScheduler, describe_plan, format_plan, plan_stages
+from stages import Plan, StageScheduler, make_plan
 from tracking.deadline import exit_now
 from tracking.run import find_dashboard
 from tracking.settings import find_settings
@@ -52,112 +56,77 @@ from utils import Runtime, Stop, share_buffers, share_weights, start_runtime
 
 
 def main(config: Config, dashboard: Dashboard) -> int:
-    """The run that `config` describes, in its order; returns the exit status."""
+    """Carry out the run that `config` describes, in its order; return the exit status."""
     # Where it runs, what it will do, where it continues: all that can be wrong without looking at data
     runtime = start_runtime(config)
     config = replace(config, augment_on=augment_on(config, runtime))  # written down, so that a resume keeps to it
     stop = Stop(runtime, config.time_budget)
     dashboard.ask_to_stop = stop.ask
-    stages = plan_stages(config)
-    plan = describe_plan(config, stages)
-    if not config.test_only:  # which writes nothing
-        check_folder(config)
-    checkpoint = find_checkpoint(config, runtime)
+    plan = make_plan(config)
+    folder = check_folder(config)
+    checkpoint = find_checkpoint(config, runtime, folder.checkpoint)
     weights = read_weights(config.model, config.weights) if config.weights else None
 
     # Data, model, and what changes with every step
     data = load_data(config, runtime)
-    model, loaded = build_model(config.model, len(data.classes), weights, config.bn_momentum)
-    model.to(runtime.device, memory_format=runtime.memory_format)
-    if config.sync_bn and runtime.world_size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    learner = Learner(
-        model,
-        build_optimizer(config, model),
-        nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
-        runtime,
-        ema=EMA(model, config) if config.model_ema else None,
-        clip_grad_norm=config.clip_grad_norm,
-        compiled=config.compile,
-    )
+    learner, loaded = build_learner(config, len(data.classes), weights, runtime)
     state = RunState(epoch=config.start_epoch)
     if checkpoint is not None:
-        check_data(checkpoint, data.classes, len(data.train))
-        state = learner.load_state_dict(checkpoint)
+        check_data(checkpoint, data)
+        state = learner.restore(checkpoint)
     runtime.say(f"{loaded}\n{data}\n{runtime}")
     if config.test_only:
-        with closing_loader(eval_loader(config, data, runtime, config.val_crop_size)) as val_loader:
-            scores = evaluate_all(learner.copies, val_loader, learner.criterion, runtime)
-        for name, score in scores.items():
-            runtime.say(f"{name}: {score}")
-        return 0
+        return test(config, data, learner)
 
     # One step and a few images of every stage to come: what does not fit or cannot be read shows now, not in hours
-    ahead = [stage for stage in stages if stage.epochs.stop > state.epoch]
+    ahead = plan.ahead(state.epoch)
     reserved = rehearse(ahead, learner, len(data.train))
     data = with_store(config, data, runtime, reserved)  # decoded once; on the GPU if training leaves it room
     if checkpoint is not None:
-        check_store(checkpoint, config, data.store_side)
-    val_loader = eval_loader(config, data, runtime, config.val_crop_size)
+        check_store(checkpoint, config, data)
     make_loader = partial(train_loader, config, data, runtime)
     samples = {stage.index: sample_grid(make_loader(stage), stage.epochs.start) for stage in ahead}
-    log = RunLog(config, data.classes, plan, samples, state.epoch, dashboard) if runtime.is_main else None
-    runtime.say(format_plan(plan))
+    log = RunLog()
+    if runtime.is_main:
+        log = FolderLog(folder, config, plan, data.classes, samples, state.epoch, dashboard)
+    runtime.say(str(plan))
     learning_rate = learning_rate_schedule(config)
-    scheduler = StageScheduler(make_loader, learner.copies.values(), ahead)
+    val_loader = eval_loader(config, data, runtime, config.val_crop_size)
+    known: dict[str, Score] = {}  # at test size: of the weights as they are, and of the best
 
     # Algorithm 1: the stages and their epochs; weights, optimizer, schedule and EMA carry on
-    with stop, scheduler, closing_loader(val_loader):
+    with stop, StageScheduler(make_loader, learner.copies.values(), ahead) as scheduler, closing_loader(val_loader):
         for stage in ahead:
             loader = scheduler.enter(stage)
             learner.enter_stage(stage.image_size, loader.batch_sizes)
-            for epoch in stage.epochs:
-                if epoch < state.epoch:
-                    continue  # trained before the resume
+            for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):
                 progress = Progress(stage, epoch, config, state.step, len(loader), show=runtime.is_main)
                 finished = train_one_epoch(learner, loader, state, learning_rate, progress, stop)
                 if finished:
-                    scores = {}
+                    scores: dict[str, Score] = {}
                     if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-                        scores = evaluate_all(learner.copies, val_loader, learner.criterion, runtime)
+                        scores = evaluate(learner.copies, val_loader, learner.criterion, runtime)
                     improved = state.note_best(scores)
-                    record = epoch_record(stage, state, learner, scores)
-                    if log is not None:
-                        log.epoch(record)
-                        if improved:
-                            name = state.best_weights
-                            log.save_best(learner.copies[name], epoch, scores[name].confusion)
-                    progress.conclude(record)
+                    progress.conclude(log.epoch(stage, state, learner, scores))
+                    known = {name: score for name, score in known.items() if name == "best"} | scores
+                    if improved:
+                        known["best"] = scores[state.best_weights]
+                        log.save_best(learner, state, known["best"])
                     state.next_epoch()
-                if log is not None:
-                    log.save_checkpoint(
-                        learner.state_dict(state)
-                        | {"config": config.as_dict(), "classes": data.classes, "num_images": len(data.train)}
-                        | {"store_side": data.store_side}
-                    )
+                log.save_checkpoint(learner, state, data)
                 if not finished or (stop() and state.epoch < config.epochs):
-                    folder = shlex.quote(config.output_dir)
-                    runtime.say(f"stopped: {stop.reason}; saved, `--resume auto --output-dir {folder}` continues")
+                    where = shlex.quote(config.output_dir)
+                    runtime.say(f"stopped: {stop.reason}; saved, `--resume auto --output-dir {where}` continues")
                     return 3
 
     # The final and the best weights, at the sizes they were trained at and at test size
-    copies = learner.copies | {"best": share_weights(log and log.load_best(), model, runtime)}
-    best_stage = next(stage for stage in stages if state.best_epoch in stage.epochs)
     sizes = {
-        "stage_size": best_stage.image_size,
-        "last_training_size": stages[-1].image_size,
+        "stage_size": plan.stage_of(state.best_epoch).image_size,
+        "last_training_size": plan.stages[-1].image_size,
         "test_size": config.val_crop_size,
     }
-    closing = {}
-    for size in sorted(set(sizes.values())):
-        with closing_loader(eval_loader(config, data, runtime, size)) as loader_at_size:
-            closing[size] = evaluate_all(copies, loader_at_size, learner.criterion, runtime)
-    if log is not None:
-        summary = summarise(config, plan, state, learner, sizes, closing, log.records)
-        log.finish(summary, closing[config.val_crop_size]["model"].confusion)
-        runtime.say(
-            f"top1 {summary['top1']:.2f}, best {summary['best_top1']:.2f} in epoch {state.best_epoch + 1}; see {log.path('report.html')}"
-        )
+    closing = evaluate_outcome(config, data, learner, state, log, known, set(sizes.values()))
+    log.finish(state, learner, sizes, closing)
     return 0
 
 
@@ -169,7 +138,7 @@ def train_one_epoch(
     progress: Progress,
     stop: Stop,
 ) -> bool:
-    """Train what is left of epoch `state.epoch`, from `state.step` on; False if asked to stop before its end.
+    """Train what is left of epoch `state.epoch`, from `state.step` on; return False if asked to stop before its end.
 
     `state` then holds where the epoch stands, its losses summed over all processes.
 
@@ -201,48 +170,86 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, criterion: nn.Module, runtime: Runtime) -> Score:
-    """Accuracy, loss and confusions of `model` over the whole set, each image counted once, on all processes."""
-    model.eval()
-    score = Score(runtime)
+def evaluate(
+    copies: Mapping[str, nn.Module], loader: DataLoader, criterion: nn.Module, runtime: Runtime
+) -> dict[str, Score]:
+    """Measure accuracy, loss and confusions of each of `copies` (the model, its EMA) in one pass over the whole set,
+    each image counted once, on all processes."""
+    scores = {name: Score(runtime) for name in copies}
+    for model in copies.values():
+        share_buffers(model, runtime).eval()
     for images, targets in loader:
         images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
         targets = targets.to(runtime.device, non_blocking=True)
-        with runtime.autocast():
-            output = model(images)  # (N, K)
-            loss = criterion(output, targets)
-        score.add(output, targets, loss)
-    return score.gather()
+        for name, model in copies.items():
+            with runtime.autocast():
+                output = model(images)  # (N, K)
+                loss = criterion(output, targets)
+            scores[name].add(output, targets, loss)
+    return {name: score.gather() for name, score in scores.items()}
 
 
-def evaluate_all(
-    copies: Mapping[str, nn.Module], loader: DataLoader, criterion: nn.Module, runtime: Runtime
-) -> dict[str, Score]:
-    """`evaluate` for the model, its EMA and so on, by name."""
-    return {name: evaluate(share_buffers(model, runtime), loader, criterion, runtime) for name, model in copies.items()}
+def evaluate_outcome(
+    config: Config,
+    data: Data,
+    learner: Learner,
+    state: RunState,
+    log: RunLog,
+    known: Mapping[str, Score],
+    sizes: set[int],
+) -> dict[int, dict[str, Score]]:
+    """Evaluate the final copies and the best weights at each of `sizes`; what is `known` at test size is not repeated."""
+    runtime = learner.runtime
+    last_is_best = state.best_epoch == config.epochs - 1
+    copies = learner.copies
+    if not last_is_best and ("best" not in known or sizes != {config.val_crop_size}):
+        copies["best"] = share_weights(log.best_weights(), learner.model, runtime)
+    closing: dict[int, dict[str, Score]] = {}
+    for size in sorted(sizes):
+        closing[size] = dict(known) if size == config.val_crop_size else {}
+        missing = {name: model for name, model in copies.items() if name not in closing[size]}
+        if missing:
+            with closing_loader(eval_loader(config, data, runtime, size)) as loader:
+                closing[size] |= evaluate(missing, loader, learner.criterion, runtime)
+        if last_is_best:
+            closing[size]["best"] = closing[size][state.best_weights]
+    return closing
+
+
+def test(config: Config, data: Data, learner: Learner) -> int:
+    """Evaluate and say so; write nothing."""
+    with closing_loader(eval_loader(config, data, learner.runtime, config.val_crop_size)) as loader:
+        scores = evaluate(learner.copies, loader, learner.criterion, learner.runtime)
+    for name, score in scores.items():
+        learner.runtime.say(f"{name}: {score}")
+    return 0
+
+
+def show_plan(plan: Plan, form: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(plan.as_dict(), indent=2) if form == "json" else plan)
 
 
 def run(argv: Sequence[str]) -> int:
-    """The program: settings, plan or run; the exit status. What a user can mend is one line, without a traceback."""
-    who = "" if os.environ.get("RANK", "0") == "0" else f"[rank {os.environ['RANK']}] "
+    """Run the program: settings, then plan or training; return the exit status.
+
+    What a user can mend is told in one line, without a traceback.
+    """
     try:
         config = find_settings(argv, check_model)
-        if config.plan is None:
-            with find_dashboard(config) as dashboard:
-                return main(config, dashboard)
-        stages = plan_stages(config)
-        plan = describe_plan(config, stages)
-        if not who:
-            print(json.dumps(plan, indent=2) if config.plan == "json" else format_plan(plan))
-        return 0
+        if config.plan is not None:
+            show_plan(make_plan(config), config.plan)
+            return 0
+        with find_dashboard(config) as dashboard:
+            return main(config, dashboard)
     except ConfigError as error:
-        print(f"{who}error: {error}", file=sys.stderr)
+        tell(error)
         return 2
     except NonFiniteLoss as error:
-        print(f"{who}error: {error}", file=sys.stderr)
+        tell(error)
         return 1
     except KeyboardInterrupt:
-        print(f"{who}interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 1
     finally:
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""What a run needs and no paper names: random numbers by key, processes, precision, EMA, the wish to stop."""
+"""What a run needs and no paper names: random numbers by key, processes, precision, the wish to stop."""
 
 import copy
 import os
@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from settings.errors import ConfigError
@@ -21,24 +23,42 @@ from settings.values import seconds
 # ---- random numbers by key ----
 
 
-GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
+Bits = NDArray[np.uint64]
+GOLDEN, FIRST_FACTOR, SECOND_FACTOR = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+MASK = 2**64 - 1
 
 
-def scramble(bits: Any) -> Any:
-    """64 bits in, 64 well-mixed bits out; an int or a uint64 array.
+def scramble(bits: int) -> int:
+    """Mix 64 bits well.
 
-    Source: the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014).
+    Source: the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014); output n of that generator from a seed
+        is `scramble(seed + n * GOLDEN)`.
     """
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & MASK
+    bits = ((bits ^ (bits >> 30)) * FIRST_FACTOR) & MASK
+    bits = ((bits ^ (bits >> 27)) * SECOND_FACTOR) & MASK
     return bits ^ (bits >> 31)
 
 
-def key_to_seed(*key: Any) -> Any:
-    """64 well-mixed bits of whole numbers from 0, or of uint64 arrays of them: neighbouring keys give unrelated seeds."""
+def scramble_array(bits: Bits) -> Bits:
+    """Mix each of an array as `scramble` does; uint64 multiplication wraps by itself."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(FIRST_FACTOR)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(SECOND_FACTOR)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def key_to_seed(*key: int) -> int:
+    """Hash whole numbers from 0 to 64 bits: neighbouring keys give unrelated seeds."""
     bits = len(key)
     for part in key:
-        bits = scramble(part + (bits * GOLDEN & MASK) & MASK)
+        bits = scramble((part + bits * GOLDEN) & MASK)
+    return bits
+
+
+def keys_to_seeds(*key: "int | Bits") -> Bits:
+    """Hash many keys at once: each part a number, or an array that broadcasts with the others."""
+    bits = np.full(1, len(key), dtype=np.uint64)  # not a scalar, whose products warn of wrapping
+    for part in key:
+        bits = scramble_array(np.asarray(part, dtype=np.uint64) + bits * np.uint64(GOLDEN))
     return bits
 
 
@@ -77,7 +97,7 @@ class Runtime:
     amp_dtype: torch.dtype | None = None
     memory_format: torch.memory_format = torch.contiguous_format
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
-    control: Any = None
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -204,7 +224,7 @@ def start_runtime(config: Config) -> Runtime:
         amp_dtype=amp_dtype,
         memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16),
-        control=control,
+        control=control,  # type: ignore[arg-type]  # this process belongs to the group, so it is not a number
     )
 
 

@@ -17,7 +17,7 @@ from augment.randaugment import OPERATIONS
 # ---- crops ----
 
 
-def resized_crop(pixels: Tensor, box: Sequence[int], size: int) -> Tensor:
+def crop_tensor(pixels: Tensor, box: Sequence[int], size: int) -> Tensor:
     """One crop (top, left, height, width) of uint8 (H, W, 3), resized with antialiasing: (3, size, size)."""
     top, left, height, width = box
     crop = pixels[top : top + height, left : left + width].permute(2, 0, 1)[None]
@@ -40,7 +40,7 @@ def triangle_weights(lengths: Tensor, size: int, longest: int, reverse: Tensor |
 CHUNK = 2**24  # pixels gathered at a time: with their indices about 0.3 GiB of device memory
 
 
-def resized_crops(
+def crop_batch(
     flat: Tensor, starts: NDArray, strides: NDArray, boxes: Boxes, flips: NDArray[np.bool_], size: int
 ) -> Tensor:
     """Crops of many images at once, resized with antialiasing and flipped: uint8 (N, 3, size, size).

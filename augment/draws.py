@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from utils import key_to_seed
+from utils import keys_to_seeds
 
 Array = NDArray[np.float64]
 Boxes = NDArray[np.int64]  # (N, 4): top, left, height, width; the last two 0 for none
@@ -32,7 +32,7 @@ def uniforms(seed: int, draws: Sequence[tuple[int, int, int]], columns: slice = 
     """Uniform numbers in [0, 1), a row for each of `draws` (epoch, index, repeat)."""
     epochs, indices, repeats = np.asarray(draws, dtype=np.uint64).reshape(-1, 3).T[:, :, None]
     numbers = np.arange(columns.start, columns.stop, dtype=np.uint64)
-    return (key_to_seed(seed, epochs, indices, repeats, numbers) >> np.uint64(11)) * 2.0**-53
+    return (keys_to_seeds(seed, epochs, indices, repeats, numbers) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def rectangles(

@@ -35,7 +35,7 @@ def reduce_decoding(image: Image.Image, box: Sequence[int], size: int) -> int:
     return divisor
 
 
-def resized_crop(image: Image.Image, box: Sequence[int], size: int, interpolation: InterpolationMode) -> Image.Image:
+def crop_pil(image: Image.Image, box: Sequence[int], size: int, interpolation: InterpolationMode) -> Image.Image:
     """The crop `box` (top, left, height, width) as RGB, size x size; of an image of any mode, decoded or not."""
     top, left, height, width = box
     averaging = interpolation != InterpolationMode.NEAREST  # which would pick among averages, not pixels
@@ -54,7 +54,7 @@ class RandomResizedCrop(v1.RandomResizedCrop):
         self.log_ratio = torch.log(torch.tensor(self.ratio)).tolist()
 
     def forward(self, image: Image.Image) -> Image.Image:
-        return resized_crop(image, self.box(image.height, image.width), self.size[0], self.interpolation)
+        return crop_pil(image, self.box(image.height, image.width), self.size[0], self.interpolation)
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Top, left, height, width, as `get_params` draws them, in half of its time: that makes a tensor of every

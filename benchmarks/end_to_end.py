@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from typing import Any
 import common
 import torch
 from loader import ReferenceLoader
-from step import ResidentBatches, build_learner, train_epoch
+from step import ResidentBatches, train_epoch
 
+from learning.learner import build_learner
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from stages import plan_stages, set_drop_rates
@@ -106,7 +107,7 @@ def ceiling(flags: Sequence[str], num_classes: int, steps: int) -> list[common.M
     """Of each stage: `train_one_epoch` on a batch that is there already; the first of three epochs warms up."""
     config = resolve(flags)
     runtime = start_runtime(config)
-    learner = build_learner(config, num_classes, runtime)
+    learner = build_learner(config, num_classes, None, runtime)[0]
     rows = []
     for stage in plan_stages(config):
         set_drop_rates(learner.model, stage)
@@ -121,7 +122,7 @@ def reference(flags: Sequence[str], num_classes: int) -> list[common.Measures]:
     """Of each stage: `train_one_epoch` on what the reference's loader brings."""
     config = resolve(flags)
     runtime = start_runtime(config)
-    learner = build_learner(config, num_classes, runtime)
+    learner = build_learner(config, num_classes, None, runtime)[0]
     root = os.path.join(config.data_path, "train")
     policy = "ra" if config.auto_augment == "ra" else "none"
     rows = []
@@ -153,7 +154,7 @@ def main(args: argparse.Namespace) -> list[common.Measures]:
         flags += ["--epochs", str(args.epochs * len(sizes)), "--lr", "0.01", *args.flags]
         stages = plan_stages(resolve(flags))  # a mistake shows before anything runs
         common.read_files(tree)
-        ways = {
+        ways: dict[str, Callable[[], Any]] = {
             "train": partial(train, flags, tree, uuid),
             "ceiling": lambda: common.fresh_process(ceiling, flags, num_classes, args.steps)[0],
             "reference": lambda: common.fresh_process(reference, flags, num_classes)[0],

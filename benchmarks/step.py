@@ -27,10 +27,8 @@ import common
 import torch
 from torch import Tensor, nn
 
-from learning.ema import EMA
-from learning.learner import Learner
-from learning.models import build_model
-from learning.optim import build_optimizer, learning_rate_schedule
+from learning.learner import Learner, build_learner
+from learning.optim import learning_rate_schedule
 from learning.state import RunState
 from reporting.progress import Progress
 from settings.resolve import resolve
@@ -60,21 +58,6 @@ class ResidentBatches:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
         for step in range(first_step, self.steps):
             yield step, self.images, self.targets
-
-
-def build_learner(config: Config, num_classes: int, runtime: Runtime) -> Learner:
-    """As `train.main` builds it."""
-    model, _ = build_model(config.model, num_classes, None, config.bn_momentum)
-    model.to(runtime.device, memory_format=runtime.memory_format)
-    return Learner(
-        model,
-        build_optimizer(config, model),
-        nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
-        runtime,
-        ema=EMA(model, config) if config.model_ema else None,
-        clip_grad_norm=config.clip_grad_norm,
-        compiled=config.compile,
-    )
 
 
 def train_epoch(config: Config, stage: Stage, learner: Learner, batches: Any) -> RunState:
@@ -135,7 +118,7 @@ def compare(args: argparse.Namespace) -> list[common.Measures]:
     runtime = start_runtime(config)
     stage = plan_stages(config)[0]
     batches = ResidentBatches(stage.image_size, stage.batch_size, args.steps, args.classes, runtime)
-    first = build_learner(config, args.classes, runtime).model
+    first = build_learner(config, args.classes, None, runtime)[0].model
 
     def timed(steps: Callable[[], object]) -> common.Measures:
         runtime.synchronize()
@@ -149,14 +132,14 @@ def compare(args: argparse.Namespace) -> list[common.Measures]:
         """The way's own model, with weights that are the same for all at first."""
         if way.startswith("ours"):
             own_config = ema_config if way == "ours-ema" else config
-            learner = build_learner(own_config, args.classes, runtime)
+            learner, _ = build_learner(own_config, args.classes, None, runtime)
             learner.model.load_state_dict(first.state_dict())
             learner.enter_stage(stage.image_size, {stage.batch_size})
             return partial(train_epoch, own_config, stage, learner, batches)
         model = copy.deepcopy(first)
         # The optimizer one would write by hand is torch's fused one on a GPU; the reference takes the default.
         optimizer = optimizer_of(config, model, fused=way == "bare" and runtime.device.type == "cuda")
-        net = torch.compile(model) if config.compile else model
+        net: Any = torch.compile(model) if config.compile else model
         criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         return partial(bare_steps if way == "bare" else reference_steps, net, optimizer, criterion, batches, runtime)
 
@@ -178,7 +161,7 @@ def peak_memory(flags: Sequence[str], num_classes: int, steps: int) -> list[floa
     """Most memory held during each stage, GiB: of the GPU, or of this process up to its end."""
     config = resolve(flags)
     runtime = start_runtime(config)
-    learner = build_learner(config, num_classes, runtime)
+    learner = build_learner(config, num_classes, None, runtime)[0]
     peaks = []
     for stage in plan_stages(config):
         set_drop_rates(learner.model, stage)

@@ -7,12 +7,18 @@ benchmark's newest run with the same settings count.
 """
 
 import json
-import re
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from Graphs.draw import markdown, write_tables  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
 
 # Table: the file of rows, the ways shown, and columns: heading, key of a row or of its settings (after a dot), format.
 TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]] = {
@@ -61,12 +67,12 @@ def table(name: str) -> str:
     if not rows:
         return f"Not measured yet: `python benchmarks/{file}.py --help`."
     shown = [column for column in columns if any(look_up(row, column[1]) is not None for row in rows)]
-    lines = ["| " + " | ".join(heading for heading, _, _ in shown) + " |", "|" + "---|" * len(shown)]
+    cells = []
     for row in rows:
         values = [(look_up(row, key), form) for _, key, form in shown]
-        lines.append("| " + " | ".join("" if value is None else form.format(value) for value, form in values) + " |")
+        cells.append(["" if value is None else form.format(value) for value, form in values])
     sources = sorted({source(row) for row in rows})
-    return "\n".join([*lines, "", f"*`benchmarks/{file}.py`: {'; '.join(sources)}*"])
+    return f"{markdown([heading for heading, _, _ in shown], cells)}\n\n*`benchmarks/{file}.py`: {'; '.join(sources)}*"
 
 
 def look_up(row: dict[str, Any], key: str) -> Any:
@@ -81,15 +87,7 @@ def source(row: dict[str, Any]) -> str:
 
 
 def write(page: Path = PAGE) -> None:
-    text = page.read_text(encoding="utf-8")
-    for name in TABLES:
-        text = re.sub(
-            rf"(<!-- table {name} -->\n).*?(<!-- end of table -->)",
-            lambda found, name=name: found[1] + table(name) + "\n" + found[2],
-            text,
-            flags=re.S,
-        )
-    page.write_text(text, encoding="utf-8")
+    write_tables(str(page), {name: partial(table, name) for name in TABLES})
 
 
 if __name__ == "__main__":

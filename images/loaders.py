@@ -2,27 +2,26 @@
 any sample and a run may resume at any step; and what changes with a stage costs no waiting."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose
 from torchvision.utils import make_grid
 
-from augment.batch import resized_crops, to_device
-from augment.draws import FLIP, uniforms
 from augment.pixels import denormalise
-from images.datasets import Data, Images, ImageTree
-from images.order import Draw, DrawSampler
-from images.sources import CroppedImages, DrawnImages, Files, decode_batch
-from images.store import StoredImages
-from images.workers import close_loader, ignore_signals
-from presets import BatchPreset, batch_mix, eval_preset, train_preset
+from images.datasets import Data, Images
+from images.order import DrawSampler
+from images.sources import Source, find_source
+from images.workers import make_loader
+from presets import batch_mix, eval_preset, stage_preset
 from settings.errors import ConfigError
 from settings.table import Config
+
+if TYPE_CHECKING:
+    from stages import Stage
 from utils import MIX, Runtime, drawing_from
 
 
@@ -42,25 +41,6 @@ class EvalImages(Dataset):
         return self.transform(image), target
 
 
-# ---- worker processes ----
-
-
-def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any) -> DataLoader:
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        persistent_workers=workers > 0,  # started once per stage; the sampler's keys say all that changes
-        pin_memory=runtime.device.type == "cuda",
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # its own, or every epoch would draw from the global one
-        **kwargs,
-    )
-
-
-def as_it_is(batch: Any) -> Any:
-    return batch
-
-
 # ---- training ----
 
 
@@ -68,9 +48,6 @@ class TrainLoader:
     """The training batches of a stage, on the device: images (N, 3, S, S) float32, normalised, and class
     numbers (N,), or soft targets (N, K) if the stage mixes.
 
-    transform: of one image, applied by workers; or a preset for batches, of which workers do the crop and the
-        device the rest, or the device all of it if `images` lie there
-    decode_on_device: the images are files, and workers only read them
     epochs: of the stage; an epoch's last step is followed by loading the next one's first
     wait_seconds: time the last epoch's loop has spent waiting for images
     when_drained: called once, when the last step of `epochs` has been handed to the workers
@@ -78,18 +55,14 @@ class TrainLoader:
 
     def __init__(
         self,
-        images: Images,
-        transform: Compose | BatchPreset,
+        source: Source,
         sampler: DrawSampler,
         runtime: Runtime,
         *,
-        workers: int = 0,
         mix: nn.Module | None = None,
         epochs: range = range(0),
-        decode_on_device: bool = False,
     ):
-        self.images = images
-        self.transform = transform
+        self.source = source
         self.sampler = sampler
         self.mix = mix
         self.runtime = runtime
@@ -98,17 +71,6 @@ class TrainLoader:
         self.when_drained: Callable[[], None] | None = None
         self.iterator: Iterator[Any] = iter(())
         self.position: tuple[int, int] | None = None  # epoch and step of what `iterator` gives next
-        self.loader: DataLoader | DrawSampler
-        if not isinstance(transform, BatchPreset):
-            dataset = DrawnImages(images, transform, sampler.seed)
-            self.loader = make_loader(dataset, runtime, workers, batch_sampler=sampler)
-        elif isinstance(images, StoredImages) and images.resident is not None:
-            self.loader = sampler  # nothing to load
-        elif decode_on_device:
-            self.loader = make_loader(Files(images), runtime, workers, batch_sampler=sampler, collate_fn=as_it_is)
-        else:
-            crops = CroppedImages(images, transform, sampler.seed)
-            self.loader = make_loader(crops, runtime, workers, batch_sampler=sampler, collate_fn=as_it_is)
         self.stream = torch.cuda.Stream(runtime.device) if runtime.device.type == "cuda" else None
 
     def __len__(self) -> int:
@@ -130,7 +92,7 @@ class TrainLoader:
         if self.position != (epoch, first_step):
             stop_epoch = self.epochs.stop if epoch in self.epochs else epoch + 1
             self.sampler.start(epoch, first_step, stop_epoch)
-            self.iterator = iter(self.loader)
+            self.iterator = self.source.batches(self.sampler)
             self.position = (epoch, first_step)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -152,7 +114,8 @@ class TrainLoader:
         """A loaded batch on the device, augmented and mixed. On a GPU in a stream of its own: the step before,
         queued already, goes on meanwhile."""
         with torch.cuda.stream(self.stream):  # does nothing without one
-            images, targets = self.augment(loaded)
+            images, targets = self.source.finish(loaded)
+            images = images.to(memory_format=self.runtime.memory_format)
             if self.mix is not None:
                 with drawing_from(self.sampler.seed, epoch, step, self.runtime.rank, MIX):
                     images, targets = self.mix(images, targets)
@@ -163,98 +126,19 @@ class TrainLoader:
                 tensor.record_stream(training)
         return images, targets
 
-    def augment(self, loaded: Any) -> tuple[Tensor, Tensor]:
-        device, memory_format = self.runtime.device, self.runtime.memory_format
-        if isinstance(self.loader, DrawSampler):
-            images, targets = self.crop_resident(loaded)
-            keys = loaded
-        else:
-            images, targets, *rest = loaded
-            keys = rest and rest[0].tolist()
-            images = (
-                self.crop_decoded(images, keys) if isinstance(images, list) else images.to(device, non_blocking=True)
-            )
-            targets = targets.to(device, non_blocking=True)
-        if isinstance(self.transform, BatchPreset):
-            images = self.transform.finish(images, uniforms(self.sampler.seed, keys))
-        return images.to(memory_format=memory_format), targets
-
-    def crop_resident(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-        store = self.images
-        assert isinstance(store, StoredImages) and store.resident is not None
-        rows = store.index[[index for _, index, _ in draws]]
-        images = self.crop(store.resident, rows["offset"] // 3, rows["height"], rows["width"], draws)
-        targets = np.array([store.targets[index] for _, index, _ in draws])
-        return images, to_device(targets, self.runtime.device)
-
-    def crop_decoded(self, files: list[Tensor], draws: Sequence[Draw]) -> Tensor:
-        assert isinstance(self.images, ImageTree)
-        paths = [self.images.samples[index][0] for _, index, _ in draws]
-        decoded = decode_batch(files, paths, self.runtime.device)
-        heights, widths = np.array([image.shape[:2] for image in decoded]).T
-        starts = np.cumsum(heights * widths) - heights * widths
-        return self.crop(torch.cat([image.reshape(-1, 3) for image in decoded]), starts, heights, widths, draws)
-
-    def crop(
-        self, flat: Tensor, starts: np.ndarray, heights: np.ndarray, widths: np.ndarray, draws: Sequence[Draw]
-    ) -> Tensor:
-        """The crops that `draws` make of whole images, which lie one after the other in `flat`, (P, 3)."""
-        preset = self.transform
-        assert isinstance(preset, BatchPreset)
-        numbers = uniforms(self.sampler.seed, draws, slice(0, FLIP + 1))
-        boxes = preset.boxes(numbers, heights, widths)
-        return resized_crops(flat, starts, widths, boxes, preset.flips(numbers), preset.image_size)
-
-    def samples(self, draws: Sequence[Draw]) -> Tensor:
-        """Augmented images by their keys, unmixed, on the CPU."""
-        if isinstance(self.loader, DrawSampler):
-            return self.augment(draws)[0].cpu()
-        dataset = self.loader.dataset
-        if isinstance(dataset, CroppedImages | Files):
-            return self.augment(dataset.__getitems__(draws))[0].cpu()
-        return torch.stack([dataset[draw][0] for draw in draws])
-
     def close(self) -> None:
         self.position, self.when_drained = None, None
-        if isinstance(self.loader, DataLoader):
-            close_loader(self.loader)
+        self.source.close()
 
 
-def train_loader(config: Config, data: Data, runtime: Runtime, stage: Any) -> TrainLoader:
-    """The loader of a stage (a `stages.Stage`)."""
-    shared = dict(
-        image_size=stage.image_size,
-        ra_magnitude=stage.ra_magnitude,
-        ra_scale=config.ra_scale,
-        random_erase=stage.random_erase,
-        crop_scale=config.train_crop_scale,
-        hflip_prob=config.hflip_prob,
-    )
-    transform: Compose | BatchPreset
-    if augment_on(config, runtime) == "device":
-        transform = BatchPreset(**shared)
-    else:
-        transform = train_preset(
-            **shared,
-            auto_augment=config.auto_augment,
-            augmix_severity=config.augmix_severity,
-            interpolation=config.interpolation,
-            backend=config.backend,
-            use_v2=config.use_v2,
-        )
+def train_loader(config: Config, data: Data, runtime: Runtime, stage: "Stage") -> TrainLoader:
+    """Make the training loader of a stage."""
+    transform = stage_preset(config, stage, augment_on(config, runtime) == "device")
     repeats = config.ra_reps if config.ra_sampler else 1
     sampler = DrawSampler(len(data.train), stage.batch_size, config.seed, runtime.rank, runtime.world_size, repeats)
     mix = batch_mix(stage.mixup_alpha, stage.cutmix_alpha, len(data.classes))
-    return TrainLoader(
-        data.train,
-        transform,
-        sampler,
-        runtime,
-        workers=config.workers,
-        mix=mix,
-        epochs=stage.epochs,
-        decode_on_device=config.decode_on == "device",
-    )
+    source = find_source(data.train, transform, config.seed, runtime, config.workers, config.decode_on == "device")
+    return TrainLoader(source, sampler, runtime, mix=mix, epochs=stage.epochs)
 
 
 def augment_on(config: Config, runtime: Runtime) -> str:
@@ -297,4 +181,4 @@ def sample_grid(loader: TrainLoader, epoch: int, num_images: int = 16) -> Tensor
     count = loader.sampler.num_images
     step = max(1, count // num_images)  # over all classes, where images are sorted by class
     draws = [(epoch, index, 0) for index in range(0, step * num_images, step) if index < count]
-    return make_grid(denormalise(loader.samples(draws)), nrow=8)
+    return make_grid(denormalise(loader.source.samples(draws)), nrow=8)

@@ -1,27 +1,32 @@
-"""Ways a batch of training images is made."""
+"""Ways a batch of training images is made, each a `Source`: what workers load, and what the device makes of it."""
 
 import io
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, InterpolationMode
 
-from augment import pixels
-from augment.batch import resized_crop
+from augment.batch import crop_batch, crop_tensor, to_device
 from augment.draws import FLIP, Array, uniforms
-from augment.pixels import to_rgb
+from augment.pixels import crop_pil, to_rgb
 from images.datasets import Images, ImageTree, opened
-from images.order import Draw
+from images.order import Draw, DrawSampler
 from images.store import StoredImages
+from images.workers import as_it_is, close_loader, make_loader
 from presets import BatchPreset
 from settings.errors import ConfigError
-from utils import SAMPLE, drawing_from
+from utils import SAMPLE, Runtime, drawing_from
+
+# ---- what workers do ----
 
 
 class DrawnImages(Dataset):
@@ -72,12 +77,12 @@ class CroppedImages(Dataset):
         rows = images.index[indices]
         boxes = self.preset.boxes(numbers, rows["height"], rows["width"]).tolist()
         for index, row, box in zip(indices, rows.tolist(), boxes):
-            yield resized_crop(images.view(row), box, self.preset.image_size), images.targets[index]
+            yield crop_tensor(images.view(row), box, self.preset.image_size), images.targets[index]
 
     def from_file(self, index: int, numbers: Array) -> tuple[Tensor, int]:
         with opened(self.images, index) as (image, target):
             (box,) = self.preset.boxes(numbers, np.array([image.height]), np.array([image.width])).tolist()
-            crop = pixels.resized_crop(image, box, self.preset.image_size, InterpolationMode.BILINEAR)
+            crop = crop_pil(image, box, self.preset.image_size, InterpolationMode.BILINEAR)
             return torch.from_numpy(np.array(crop)).permute(2, 0, 1), target
 
 
@@ -127,3 +132,166 @@ def decode_batch(files: Sequence[Tensor], paths: Sequence[str], device: torch.de
     return [
         next(ready).permute(1, 2, 0) if jpeg else by_pil(file, path) for file, path, jpeg in zip(files, paths, is_jpeg)
     ]
+
+
+# ---- sources ----
+
+
+class Source(ABC):
+    """A way to make the batches of a stage.
+
+    What `batches` yields is for `finish` alone: its form differs from source to source.
+    """
+
+    @abstractmethod
+    def batches(self, sampler: DrawSampler) -> Iterator[Any]:
+        """Load the batches that the sampler draws from where it stands; always the same sampler."""
+
+    @abstractmethod
+    def finish(self, loaded: Any) -> tuple[Tensor, Tensor]:
+        """Give images (N, 3, S, S) float32, normalised, and class numbers (N,), both on the device."""
+
+    @abstractmethod
+    def samples(self, draws: Sequence[Draw]) -> Tensor:
+        """Make augmented images by their keys, on the CPU."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what still works for this source."""
+
+
+class WorkerSource(Source):
+    """A source whose batches are loaded by worker processes, or in this one if `workers` is 0."""
+
+    def __init__(self, dataset: Dataset, seed: int, runtime: Runtime, workers: int, **loading: Any):
+        self.dataset: Any = dataset
+        self.seed = seed
+        self.runtime = runtime
+        self.workers = workers
+        self.loading = loading  # further arguments of the DataLoader
+        self.loader: DataLoader | None = None
+
+    def batches(self, sampler: DrawSampler) -> Iterator[Any]:
+        if self.loader is None:
+            self.loader = make_loader(self.dataset, self.runtime, self.workers, batch_sampler=sampler, **self.loading)
+        return iter(self.loader)
+
+    def close(self) -> None:
+        if self.loader is not None:
+            close_loader(self.loader)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.runtime.device, non_blocking=True)
+
+
+class AugmentedByWorkers(WorkerSource):
+    """Workers do everything, image by image: the reference's way, for any transform."""
+
+    def __init__(self, images: Images, transform: Compose, seed: int, runtime: Runtime, workers: int):
+        super().__init__(DrawnImages(images, transform, seed), seed, runtime, workers)
+
+    def finish(self, loaded: Any) -> tuple[Tensor, Tensor]:
+        images, targets = loaded
+        return self.to_device(images), self.to_device(targets)
+
+    def samples(self, draws: Sequence[Draw]) -> Tensor:
+        return torch.stack([self.dataset[draw][0] for draw in draws])
+
+
+class CroppedByWorkers(WorkerSource):
+    """Workers crop, resize and flip; the device does the rest, for the whole batch at once."""
+
+    def __init__(self, images: Images, preset: BatchPreset, seed: int, runtime: Runtime, workers: int):
+        self.preset = preset
+        super().__init__(CroppedImages(images, preset, seed), seed, runtime, workers, collate_fn=as_it_is)
+
+    def finish(self, loaded: Any) -> tuple[Tensor, Tensor]:
+        images, targets, keys = loaded
+        numbers = uniforms(self.seed, keys.tolist())
+        return self.preset.finish(self.to_device(images), numbers), self.to_device(targets)
+
+    def samples(self, draws: Sequence[Draw]) -> Tensor:
+        return self.finish(self.dataset.__getitems__(draws))[0].cpu()
+
+
+class DecodedOnDevice(WorkerSource):
+    """Workers read files; the device decodes, crops and augments them."""
+
+    def __init__(self, images: ImageTree, preset: BatchPreset, seed: int, runtime: Runtime, workers: int):
+        self.images = images
+        self.preset = preset
+        super().__init__(Files(images), seed, runtime, workers, collate_fn=as_it_is)
+
+    def finish(self, loaded: Any) -> tuple[Tensor, Tensor]:
+        files, targets, keys = loaded
+        draws = keys.tolist()
+        paths = [self.images.samples[index][0] for _, index, _ in draws]
+        decoded = decode_batch(files, paths, self.runtime.device)
+        heights, widths = np.array([image.shape[:2] for image in decoded]).T
+        starts = np.cumsum(heights * widths) - heights * widths
+        flat = torch.cat([image.reshape(-1, 3) for image in decoded])
+        images = augment_whole(flat, starts, heights, widths, self.preset, uniforms(self.seed, draws))
+        return images, self.to_device(targets)
+
+    def samples(self, draws: Sequence[Draw]) -> Tensor:
+        return self.finish(self.dataset.__getitems__(draws))[0].cpu()
+
+
+class ResidentOnDevice(Source):
+    """All images lie on the device, which does everything; nothing is loaded but the draws."""
+
+    def __init__(self, images: StoredImages, preset: BatchPreset, seed: int, runtime: Runtime):
+        self.images = images
+        self.preset = preset
+        self.seed = seed
+        self.runtime = runtime
+
+    def batches(self, sampler: DrawSampler) -> Iterator[Any]:
+        return iter(sampler)
+
+    def finish(self, loaded: Any) -> tuple[Tensor, Tensor]:
+        store = self.images
+        assert store.resident is not None
+        indices = [index for _, index, _ in loaded]
+        rows = store.index[indices]
+        images = augment_whole(
+            store.resident, rows["offset"] // 3, rows["height"], rows["width"], self.preset, uniforms(self.seed, loaded)
+        )
+        return images, to_device(np.array([store.targets[index] for index in indices]), self.runtime.device)
+
+    def samples(self, draws: Sequence[Draw]) -> Tensor:
+        return self.finish(draws)[0].cpu()
+
+    def close(self) -> None:
+        """Do nothing: no process works for it."""
+
+
+def augment_whole(
+    flat: Tensor, starts: NDArray, heights: NDArray, widths: NDArray, preset: BatchPreset, numbers: Array
+) -> Tensor:
+    """Crop and augment whole images that lie one after the other on the device.
+
+    flat: (P, 3) uint8; starts, heights, widths: (N,) first pixel and size of each; numbers: (N, NUM_DRAWS)
+    """
+    boxes = preset.boxes(numbers, heights, widths)
+    return preset.finish(crop_batch(flat, starts, widths, boxes, preset.flips(numbers), preset.image_size), numbers)
+
+
+def find_source(
+    images: Images,
+    transform: Compose | BatchPreset,
+    seed: int,
+    runtime: Runtime,
+    workers: int = 0,
+    decode_on_device: bool = False,
+) -> Source:
+    """Choose the source for a transform: of one image, which workers apply, or of batches, of which the device does as
+    much as it can where `images` lie."""
+    if not isinstance(transform, BatchPreset):
+        return AugmentedByWorkers(images, transform, seed, runtime, workers)
+    if isinstance(images, StoredImages) and images.resident is not None:
+        return ResidentOnDevice(images, transform, seed, runtime)
+    if decode_on_device:
+        assert isinstance(images, ImageTree)  # `augment_on` has refused the rest
+        return DecodedOnDevice(images, transform, seed, runtime, workers)
+    return CroppedByWorkers(images, transform, seed, runtime, workers)

@@ -66,7 +66,7 @@ def checksum(values: NDArray) -> int:
     add a tenth to the decoding of a small JPEG; it is to find damage, not forgery."""
     octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
     whole = octets.size // 8 * 8
-    return int(octets[:whole].view(np.uint64).sum()) + int(octets[whole:].sum()) & 2**64 - 1
+    return (int(octets[:whole].view(np.uint64).sum()) + int(octets[whole:].sum())) & (2**64 - 1)
 
 
 # ---- reading ----
@@ -133,7 +133,7 @@ class StoredImages:
             for offset, height, width, expected in rows:
                 pixels = buffer[: 3 * height * width]
                 file.seek(HEADER + offset)
-                if file.readinto(pixels) != pixels.size or checksum(pixels) != expected:
+                if file.readinto(pixels.data) != pixels.size or checksum(pixels) != expected:
                     return True
         return False
 
@@ -222,7 +222,7 @@ class Decoding(Dataset):
         try:
             with open(self.path, "r+b", buffering=0) as file:
                 file.seek(HEADER + offset)
-                write_all(file, memoryview(pixels).cast("B"))
+                write_all(file, pixels.data.cast("B"))
         except OSError as error:
             raise full_or_same(error, self.path) from error
         return index, offset, *pixels.shape[:2], checksum(pixels)

@@ -3,13 +3,14 @@
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
+import psutil
 import torch
+from filelock import FileLock
 
 from images.datasets import Data, ImageTree
 from images.store import NoRoom, build, digest, estimate, open_store, read_header, store_name
@@ -24,6 +25,8 @@ DISK_SHARE = 0.25
 MEMORY_SHARE = 0.5
 DEVICE_SHARE = 0.5
 
+LOCK = ".lock"  # held by whoever builds in the folder
+
 
 def store_side(config: Config) -> int:
     """Short side of stored images, pixels: twice the largest training crop, and what evaluation resizes to, if
@@ -37,21 +40,15 @@ def store_side(config: Config) -> int:
 
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Only one process of this machine at a time. Where a folder cannot be locked (Windows, some network disks) two
-    runs may build the same file, and the later one replaces the other's."""
-    handle = None
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except (ImportError, OSError):
-        pass
+    """Let only one process at a time build in `folder`. Where files cannot be locked (some network disks) two runs may
+    build the same file, and the later one replaces the other's."""
+    lock = FileLock(os.path.join(folder, LOCK))
+    with suppress(OSError, NotImplementedError):
+        lock.acquire()
     try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        lock.release()
 
 
 def remove_outdated(path: str, images: ImageTree) -> None:
@@ -80,17 +77,10 @@ def free_disk(folder: str) -> int:
 
 def available_memory() -> int:
     """Bytes that processes may still take, or the file cache give up: of the machine, or the container's limit."""
-    found = [sys.maxsize]
-    with suppress(OSError, ValueError, StopIteration):
-        with open("/proc/meminfo", encoding="ascii") as file:
-            line = next(line for line in file if line.startswith("MemAvailable:"))
-        found.append(int(line.split()[1]) * 1024)
+    found = [psutil.virtual_memory().available]
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError), open(limit, encoding="ascii") as file:  # "max": none
             found.append(int(file.read()))
-    if len(found) == 1 and hasattr(os, "sysconf"):
-        with suppress(OSError, ValueError):
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return min(found)
 
 
@@ -150,31 +140,31 @@ def make_room(config: Config, images: dict[str, ImageTree], folders: Sequence[st
             return f"it would take {human(in_memory)} of memory, half of what is free is {human(room)}"
     if not missing:
         return None
-    folder = next((folder for folder in folders if writable(folder)), None)
-    if folder is None:
+    place = next((folder for folder in folders if writable(folder)), None)
+    if place is None:
         if config.decode_cache == "auto":
             return f"neither {' nor '.join(folders)} can be written to"
         raise ConfigError(f"decode_cache {folders[0]} cannot be written to; give another folder, or off")
-    free = free_disk(folder)
+    free = free_disk(place)
     if config.decode_cache == "auto" and bytes_needed > DISK_SHARE * free:
-        discard_empty(folder)
+        discard_empty(place)
         return (
-            f"it would take {human(bytes_needed)} in {folder}, a quarter of what is free is {human(DISK_SHARE * free)}"
+            f"it would take {human(bytes_needed)} in {place}, a quarter of what is free is {human(DISK_SHARE * free)}"
         )
     try:
         if bytes_needed > free:
             raise NoRoom(
-                f"decode_cache: {folder} has {human(free)} free, the images need about {human(bytes_needed)}; give "
+                f"decode_cache: {place} has {human(free)} free, the images need about {human(bytes_needed)}; give "
                 "another folder, or off"
             )
-        with locked(folder):
+        with locked(place):
             for name, source in missing.items():
-                path = os.path.join(folder, name)
+                path = os.path.join(place, name)
                 if open_store(path, source, check=True) is None:  # unless another run was faster
                     build(path, source, side)
                     remove_outdated(path, source)
     except NoRoom as error:
-        discard_empty(folder)
+        discard_empty(place)
         if config.decode_cache == "auto":
             return str(error)
         raise
@@ -182,7 +172,10 @@ def make_room(config: Config, images: dict[str, ImageTree], folders: Sequence[st
 
 
 def discard_empty(folder: str) -> None:
+    """Remove `folder` if no store lies in it."""
     with suppress(OSError):
+        if os.listdir(folder) == [LOCK]:
+            os.remove(os.path.join(folder, LOCK))
         os.rmdir(folder)
 
 
@@ -199,9 +192,9 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
     Raises:
         ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
     """
-    sets = [data.train, data.val]
-    if config.decode_cache == "off" or not all(isinstance(images, ImageTree) for images in sets):
+    if config.decode_cache == "off" or not (isinstance(data.train, ImageTree) and isinstance(data.val, ImageTree)):
         return data
+    sets = [data.train, data.val]
     side = store_side(config)
     names = [store_name(images, side) for images in sets]
     folders = candidates(config, [images.root for images in sets])

@@ -3,8 +3,12 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from utils import Runtime
 
 
 def ignore_signals(worker: int) -> None:
@@ -30,3 +34,19 @@ def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
         yield loader
     finally:
         close_loader(loader)
+
+
+def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        persistent_workers=workers > 0,  # started once per stage; the sampler's keys say all that changes
+        pin_memory=runtime.device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # its own, or every epoch would draw from the global one
+        **kwargs,
+    )
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch

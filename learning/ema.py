@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from settings.table import Config
 
@@ -25,8 +25,9 @@ class EMA:
         self.num_updates = 0
         self.decay = config.model_ema_decay
         self.restart = False
-        self.averaged: tuple = ()
-        self.copied: tuple = ()
+        # Ours and the model's tensors, in the same order: floating-point ones, and counters of batches.
+        self.averaged: tuple[list[Tensor], list[Tensor]] = [], []
+        self.copied: tuple[list[Tensor], list[Tensor]] = [], []
 
     def begin_epoch(self, epoch: int, images_per_step: int) -> None:
         """Take the decay of this epoch's steps. Weights from the warm-up are forgotten."""
@@ -37,7 +38,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """average = decay * average + (1 - decay) * model; a copy the first time, and during warm-up."""
-        if not self.averaged:  # once: loading and training change these tensors in place
+        if not self.averaged[0]:  # once: loading and training change these tensors in place
             ours, theirs = self.module.state_dict(), model.state_dict()
             floating = [name for name, value in ours.items() if value.is_floating_point()]
             rest = [name for name in ours if name not in floating]  # counters of batches

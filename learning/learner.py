@@ -1,17 +1,20 @@
-"""What learns: the model, its EMA and optimizer, the one step they take together, and how far they are."""
+"""What learns: the model, its EMA and optimizer, and the one step they take together."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from learning.checkpoint import to_cpu, undone
+from images.datasets import Data
+from learning.checkpoint import Checkpoint, Stateful, to_cpu, undone
 from learning.ema import EMA
+from learning.models import build_model
+from learning.optim import build_optimizer
 from learning.state import RunState
 from settings.errors import ConfigError, first_line
+from settings.table import Config
 from utils import Runtime
 
 
@@ -46,7 +49,7 @@ class Learner:
             self.eager = DistributedDataParallel(
                 model, device_ids=[runtime.device] if runtime.device.type == "cuda" else None
             )
-        self.net = torch.compile(self.eager) if compiled else self.eager
+        self.net: nn.Module = torch.compile(self.eager) if compiled else self.eager  # type: ignore[assignment]
 
     @property
     def copies(self) -> dict[str, nn.Module]:
@@ -64,8 +67,8 @@ class Learner:
         self.runtime.backward_and_step(loss, self.optimizer, self.parameters, self.clip_grad_norm)
         return loss.detach()
 
-    def rehearse(self, image_size: int, batch_size: int, net: nn.Module | None = None) -> None:
-        """A step on noise, at full size: it takes the memory and finds the faults of a real one. The
+    def step_on_noise(self, image_size: int, batch_size: int, net: nn.Module | None = None) -> None:
+        """Take a step on noise, at full size: it takes the memory and finds the faults of a real one. The
         caller undoes it (`undone`)."""
         device, memory_format = self.runtime.device, self.runtime.memory_format
         images = torch.randn(batch_size, 3, image_size, image_size, device=device).to(memory_format=memory_format)
@@ -76,8 +79,8 @@ class Learner:
         self.step(images, torch.zeros(batch_size, dtype=torch.long, device=device), net)
         self.runtime.synchronize()
 
-    def undone(self) -> Any:
-        """A context after which weights, optimizer and scaler are as before it."""
+    def undoing(self) -> AbstractContextManager[None]:
+        """Give a context after which weights, optimizer and scaler are as before it."""
         return undone(self.model, self.optimizer, self.runtime.scaler)
 
     def enter_stage(self, image_size: int, batch_sizes: set[int]) -> None:
@@ -88,32 +91,65 @@ class Learner:
         """
         if self.compiled:
             torch.compiler.reset()
-            with self.undone():
+            with self.undoing():
                 for batch_size in sorted(batch_sizes, reverse=True):
-                    self.rehearse(image_size, batch_size)
+                    self.step_on_noise(image_size, batch_size)
 
-    def state_dict(self, state: RunState) -> dict[str, Any]:
-        """Everything a resume needs, as plain values and tensors on the CPU."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.runtime.scaler}
-        content = {name: to_cpu(part.state_dict()) for name, part in parts.items()}
-        if self.ema is not None:
-            content.update(model_ema=to_cpu(self.ema.module.state_dict()), ema_updates=self.ema.num_updates)
-        return content | {"state": asdict(state), "world_size": self.runtime.world_size}
+    def checkpoint(self, state: RunState, config: Config, data: Data) -> Checkpoint:
+        """Gather everything a resume needs."""
+        parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.runtime.scaler}
+        average = {} if self.ema is None else {"model_ema": to_cpu(self.ema.module.state_dict())}
+        return Checkpoint(
+            **{name: to_cpu(part.state_dict()) for name, part in parts.items()},
+            **average,
+            ema_updates=0 if self.ema is None else self.ema.num_updates,
+            state=replace(state),
+            world_size=self.runtime.world_size,
+            config=config.as_dict(),
+            classes=data.classes,
+            num_images=len(data.train),
+            store_side=data.store_side,
+        )
 
-    def load_state_dict(self, content: Mapping[str, Any]) -> RunState:
-        """Take up where `content` was saved."""
+    def restore(self, checkpoint: Checkpoint) -> RunState:
+        """Take up where `checkpoint` was saved; say how far that is.
+
+        Raises:
+            ConfigError: it has other weights or parameter groups.
+        """
         settings = [{key: group[key] for key in group.keys() - {"params"}} for group in self.optimizer.param_groups]
         try:
-            self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            self.model.load_state_dict(checkpoint.model)
+            self.optimizer.load_state_dict(checkpoint.optimizer)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"resume: the checkpoint does not fit these settings: {first_line(error)}") from error
         for group, own in zip(self.optimizer.param_groups, settings):
             group.update(own)  # weight decay, momentum: of the settings given, as config.yaml says
-        if content["scaler"]:
-            self.runtime.scaler.load_state_dict(content["scaler"])
+        if checkpoint.scaler:
+            self.runtime.scaler.load_state_dict(checkpoint.scaler)
         if self.ema is not None:
             # A run that takes up EMA only now starts its average from the weights it has.
-            self.ema.module.load_state_dict(content.get("model_ema", content["model"]))
-            self.ema.num_updates = content.get("ema_updates", 0)
-        return RunState(**content["state"])
+            self.ema.module.load_state_dict(checkpoint.model_ema or checkpoint.model)
+            self.ema.num_updates = checkpoint.ema_updates
+        return replace(checkpoint.state)
+
+
+def build_learner(
+    config: Config, num_classes: int, weights: dict[str, Tensor] | None, runtime: Runtime
+) -> tuple[Learner, str]:
+    """Build what `config` trains, on the device, and a line that says what of `weights` it holds."""
+    model, loaded = build_model(config.model, num_classes, weights, config.bn_momentum)
+    model = model.to(runtime.device)
+    model = model.to(memory_format=runtime.memory_format)
+    if config.sync_bn and runtime.world_size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    learner = Learner(
+        model,
+        build_optimizer(config, model),
+        nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        runtime,
+        ema=EMA(model, config) if config.model_ema else None,
+        clip_grad_norm=config.clip_grad_norm,
+        compiled=config.compile,
+    )
+    return learner, loaded

@@ -1,16 +1,19 @@
 """One step of every stage before the first epoch, undone: what does not fit shows in a minute."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from images.order import DrawSampler
 from learning.learner import Learner
 from settings.errors import ConfigError, first_line
-from stages import Stage
+
+if TYPE_CHECKING:
+    from stages import Stage
 
 
-def rehearse(stages: Sequence[Stage], learner: Learner, num_images: int) -> int:
+def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int) -> int:
     """One whole training step of each stage on noise, then undone: what does not fit shows in the first
     minute, not when its stage comes. The step is not compiled, which takes the most memory.
 
@@ -22,15 +25,15 @@ def rehearse(stages: Sequence[Stage], learner: Learner, num_images: int) -> int:
         ConfigError: out of memory, or images too small for the model; names the stage and what to lower.
     """
     reserved = 0
-    with learner.undone():
+    with learner.undoing():
         for stage in stages:
             sizes = DrawSampler(num_images, stage.batch_size, 0, world_size=learner.runtime.world_size).batch_sizes
             where = f"stage {stage.index} ({stage.image_size} px, batch_size {max(sizes)})"
             try:
-                learner.rehearse(stage.image_size, max(sizes), learner.eager)
+                learner.step_on_noise(stage.image_size, max(sizes), learner.eager)
                 if torch.backends.cudnn.benchmark and learner.runtime.device.type == "cuda":
                     for batch_size in sizes - {max(sizes)}:  # the search for fast kernels is then over, too
-                        learner.rehearse(stage.image_size, batch_size, learner.eager)
+                        learner.step_on_noise(stage.image_size, batch_size, learner.eager)
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = first_line(error)
                 if is_out_of_memory(error):

@@ -1,10 +1,9 @@
 """Losses and correct answers, counted on the device and read when someone asks."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from learning.state import RunState
 from utils import Runtime
 
 
@@ -18,7 +17,7 @@ class TrainingLoss:
     title: where training is, for the message of NonFiniteLoss
     """
 
-    def __init__(self, state: Any, runtime: Runtime, title: str):
+    def __init__(self, state: RunState, runtime: Runtime, title: str):
         self.runtime, self.title = runtime, title
         # What an earlier part of this epoch summed over all processes goes on in one of them.
         self.num_images = state.num_images if runtime.is_main else 0
@@ -39,7 +38,7 @@ class TrainingLoss:
             )
         return float(self.sum) / max(self.num_images, 1)
 
-    def store(self, state: Any) -> None:
+    def store(self, state: RunState) -> None:
         """Put the sums over all processes into `state`."""
         self.read()
         sums = self.runtime.sum(torch.stack([self.sum, torch.tensor(float(self.num_images), device=self.sum.device)]))

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from learning.scores import Score
+if TYPE_CHECKING:
+    from learning.scores import Score
 
 
 @dataclass
@@ -25,8 +27,8 @@ class RunState:
     best_epoch: int = -1
     best_weights: str = "model"
 
-    def note_best(self, scores: Mapping[str, Score]) -> bool:
-        """Whether one of the copies just evaluated is the best so far; then it is noted."""
+    def note_best(self, scores: "Mapping[str, Score]") -> bool:
+        """Note the best of the copies just evaluated; say whether it is better than all before."""
         before = self.best_top1
         for name, score in scores.items():
             if score.top1 > self.best_top1:

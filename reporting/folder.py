@@ -1,75 +1,171 @@
-"""A run's folder: the name of every file in it, and what they hold."""
+"""A run's folder: every file's name, and how it is written and read."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
+from learning.checkpoint import write_safely
 from settings.errors import ConfigError
+from settings.resolve import RUN_SETTINGS
 from settings.table import Config
+from stages import Plan
 
-
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a crash is left out."""
-    records = []
-    try:
-        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
-            for line in file:
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    break
-    except FileNotFoundError:
-        pass
-    return records
-
-
-def read_json(path: str) -> Any:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return None
-
-
-def stage_speed(records: Sequence[dict[str, Any]], index: int) -> tuple[float, float]:
-    """Seconds of training in a stage, and images per second over them."""
-    seconds = images = 0.0
-    for record in records:
-        if record["stage"] == index:
-            seconds += record["epoch_seconds"]
-            images += record["epoch_seconds"] * record["images_per_second"]
-    return seconds, images / seconds if seconds else 0.0
-
-
-def worst_confusions(matrix: np.ndarray, classes: Sequence[str], most: int = 20) -> list[tuple[str, str, int]]:
-    """True class, predicted class and images of the commonest mistakes, from a matrix (K, K), rows true."""
-    wrong = matrix - np.diag(np.diag(matrix))
-    order = np.argsort(wrong, axis=None)[::-1][:most]
-    return [(classes[i // len(classes)], classes[i % len(classes)], int(wrong.flat[i])) for i in order if wrong.flat[i]]
-
-
-RUN_FILES = (
-    "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pth", "checkpoint_previous.pth", "model_best.pth", "report.html",
-    "report/confusion_best.json", "report/confusion_last.json", "clearml/task.json",
+METRICS, SUMMARY, REPORT, CHECKPOINT, BEST = (
+    "metrics.jsonl", "summary.json", "report.html", "checkpoint.pth", "model_best.pth",
 )  # fmt: skip
+PLAN, CLEARML, TASK = "report/plan.json", "clearml", "clearml/task.json"
 
 
-def check_folder(config: Config) -> None:
-    """Raise ConfigError if output_dir holds a run that the settings would neither continue nor replace."""
-    folder = config.output_dir
-    place = os.path.abspath(folder)
+def confusion_file(weights: str) -> str:
+    return f"report/confusion_{weights}.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run. What is written is whole at any moment; what is not there reads as None, or as nothing."""
+
+    path: str
+
+    def at(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def has(self, name: str) -> bool:
+        return os.path.exists(self.at(name))
+
+    @property
+    def checkpoint(self) -> str:
+        return self.at(CHECKPOINT)
+
+    def held(self) -> list[str]:
+        """List the files that show that there is a run, those that `clear` removes."""
+        return [
+            name
+            for name in (
+                RUN_SETTINGS, METRICS, SUMMARY, CHECKPOINT, "checkpoint_previous.pth", BEST, REPORT,
+                confusion_file("best"), confusion_file("last"), TASK,
+            )
+            if self.has(name)
+        ]  # fmt: skip
+
+    def clear(self) -> None:
+        """Remove the files of an older run, no others."""
+        for name in self.held():
+            os.remove(self.at(name))
+
+    def write(self, name: str, text: str) -> None:
+        os.makedirs(os.path.dirname(self.at(name)), exist_ok=True)
+        with open(self.at(name) + ".tmp", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(self.at(name) + ".tmp", self.at(name))
+
+    def read_json(self, name: str) -> Any:
+        try:
+            with open(self.at(name), encoding="utf-8") as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+
+    # ---- settings, plan, pictures ----
+
+    def settings(self) -> dict[str, Any]:
+        with open(self.at(RUN_SETTINGS), encoding="utf-8") as file:
+            return yaml.safe_load(file)
+
+    def write_settings(self, values: Mapping[str, Any]) -> None:
+        self.write(RUN_SETTINGS, yaml.safe_dump(dict(values), sort_keys=False))
+
+    def plan(self) -> Plan:
+        return Plan.from_dict(self.read_json(PLAN))
+
+    def classes(self) -> list[str]:
+        return self.read_json(PLAN)["classes"]
+
+    def write_plan(self, plan: Plan, classes: Sequence[str]) -> None:
+        self.write(PLAN, json.dumps(plan.as_dict() | {"classes": list(classes)}))
+
+    def picture(self, stage: int) -> str:
+        """Give the path of the augmented images of a stage."""
+        return self.at(f"report/stage_{stage}.png")
+
+    def write_picture(self, stage: int, grid: Tensor) -> None:
+        """Keep a picture of augmented images, uint8 (3, H, W)."""
+        os.makedirs(os.path.dirname(self.picture(stage)), exist_ok=True)
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.picture(stage))
+
+    # ---- figures ----
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read the line of each epoch; a last one cut short by a crash is left out."""
+        records = []
+        if self.has(METRICS):
+            with open(self.at(METRICS), encoding="utf-8") as file:
+                for line in file:
+                    try:
+                        records.append(json.loads(line))
+                    except ValueError:
+                        break
+        return records
+
+    def write_metrics(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self.write(METRICS, "".join(json.dumps(record) + "\n" for record in records))
+
+    def add_metrics(self, record: Mapping[str, Any]) -> None:
+        with open(self.at(METRICS), "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def summary(self) -> dict[str, Any] | None:
+        return self.read_json(SUMMARY)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self.write(SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def confusion(self, weights: str) -> tuple[int, NDArray[np.int64]] | None:
+        """Read epoch and counts of what the "best" or the "last" weights confuse: (K, K), rows true."""
+        content = self.read_json(confusion_file(weights))
+        return content and (content["epoch"], np.array(content["confusion"]))
+
+    def write_confusion(self, weights: str, epoch: int, counts: Tensor) -> None:
+        self.write(confusion_file(weights), json.dumps({"epoch": epoch, "confusion": counts.tolist()}))
+
+    # ---- weights ----
+
+    def best_weights(self) -> dict[str, Tensor]:
+        return torch.load(self.at(BEST), map_location="cpu", weights_only=True)
+
+    def write_best_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep weights alone, under torchvision's names."""
+        write_safely(self.at(BEST), dict(weights))
+
+
+def check_folder(config: Config) -> RunFolder:
+    """Give the run's folder.
+
+    Raises:
+        ConfigError: it holds a run that the settings would neither continue nor replace, or cannot be written to.
+    """
+    folder = RunFolder(config.output_dir)
+    if config.test_only:  # which writes nothing
+        return folder
+    place = os.path.abspath(folder.path)
     while not os.path.exists(place):  # the nearest that is there; the rest is made when training begins
         place = os.path.dirname(place)
     if not os.path.isdir(place):
-        raise ConfigError(f"output_dir {folder}: {place} is a file; give a folder")
+        raise ConfigError(f"output_dir {folder.path}: {place} is a file; give a folder")
     if not os.access(place, os.W_OK):
-        raise ConfigError(f"output_dir {folder}: {place} cannot be written to; give another folder")
-    held = [name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))]
+        raise ConfigError(f"output_dir {folder.path}: {place} cannot be written to; give another folder")
+    held = folder.held()
     if held and not config.overwrite and config.resume != "auto":
         raise ConfigError(
-            f"output_dir {folder} already holds a run ({held[0]}); --resume auto continues it, --overwrite starts again, "
-            "another --output-dir leaves it alone"
+            f"output_dir {folder.path} already holds a run ({held[0]}); --resume auto continues it, --overwrite starts "
+            "again, another --output-dir leaves it alone"
         )
+    return folder

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 
 from learning.learner import Learner
 from learning.scores import Score
 from learning.state import RunState
-from reporting.folder import stage_speed
 from settings.table import Config
-from stages import Stage
+from stages import Plan, Stage
 from utils import Runtime
 
 
@@ -46,7 +46,7 @@ def epoch_record(stage: Stage, state: RunState, learner: Learner, scores: Mappin
 
 def summarise(
     config: Config,
-    plan: Mapping[str, Any],
+    plan: Plan,
     state: RunState,
     learner: Learner,
     sizes: Mapping[str, int],
@@ -72,9 +72,9 @@ def summarise(
     final = at_sizes("model")
     final["stage_size"] = final["last_training_size"]
     stages = []
-    for stage in plan["stages"]:
-        seconds, speed = stage_speed(records, stage["index"])
-        stages.append(dict(stage, train_seconds=seconds, images_per_second=speed))
+    for row in plan.as_dict()["stages"]:
+        seconds, speed = stage_speed(records, row["index"])
+        stages.append(row | {"train_seconds": seconds, "images_per_second": speed})
     seconds = sum(stage["train_seconds"] for stage in stages)
     images = sum(stage["train_seconds"] * stage["images_per_second"] for stage in stages)
     return {
@@ -88,7 +88,7 @@ def summarise(
         "final": final,
         "best": {"epoch": state.best_epoch, "weights": state.best_weights, **at_sizes("best")},
         "stages": stages,
-        "relative_cost": plan["relative_cost"],
+        "relative_cost": plan.relative_cost,
         "train_seconds": seconds,
         "images_per_second": images / seconds,
         # As many images at the last stage's measured speed, over the time the run took
@@ -111,6 +111,23 @@ def summarise(
             "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         },
     }
+
+
+def stage_speed(records: Sequence[Mapping[str, Any]], index: int) -> tuple[float, float]:
+    """Seconds of training in a stage, and images per second over them."""
+    seconds = images = 0.0
+    for record in records:
+        if record["stage"] == index:
+            seconds += record["epoch_seconds"]
+            images += record["epoch_seconds"] * record["images_per_second"]
+    return seconds, images / seconds if seconds else 0.0
+
+
+def worst_confusions(matrix: np.ndarray, classes: Sequence[str], most: int = 20) -> list[tuple[str, str, int]]:
+    """True class, predicted class and images of the commonest mistakes, from a matrix (K, K), rows true."""
+    wrong = matrix - np.diag(np.diag(matrix))
+    order = np.argsort(wrong, axis=None)[::-1][:most]
+    return [(classes[i // len(classes)], classes[i % len(classes)], int(wrong.flat[i])) for i in order if wrong.flat[i]]
 
 
 def device_name(runtime: Runtime) -> str:

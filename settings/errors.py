@@ -1,4 +1,7 @@
-"""The error a user can mend."""
+"""The error a user can mend, and how it is told."""
+
+import os
+import sys
 
 
 class ConfigError(ValueError):
@@ -19,3 +22,9 @@ def own_line(kind: type[Exception], message: str) -> str:
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def tell(error: Exception) -> None:
+    """Print an error as one line on stderr; with several processes, which of them it was."""
+    rank = os.environ.get("RANK", "0")
+    print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)

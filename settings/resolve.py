@@ -10,33 +10,10 @@ from typing import Any
 
 from settings.errors import ConfigError
 from settings.sources import convert_all, read_command_line, read_yaml
-from settings.table import DATASETS, DEFAULTS, RA_SCALE_END, SCHEDULED, Config, show
+from settings.table import DEFAULTS, RA_SCALE_END, SCHEDULES, SETTINGS, Config, show
 from settings.values import seconds
 
-# A setting (left) that does nothing unless another one (middle) has one of these values (right).
-NEEDS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "ra_magnitude": ("auto_augment", ("ra",)),
-    "ra_scale": ("auto_augment", ("ra",)),
-    "augmix_severity": ("auto_augment", ("augmix",)),
-    "ra_reps": ("ra_sampler", (True,)),
-    "amp_dtype": ("amp", (True,)),
-    "model_ema_steps": ("model_ema", (True,)),
-    "model_ema_decay": ("model_ema", (True,)),
-    "momentum": ("opt", ("sgd", "sgd_nesterov", "rmsprop")),
-    "lr_step_size": ("lr_scheduler", ("steplr",)),
-    "lr_gamma": ("lr_scheduler", ("steplr", "exponentiallr")),
-    "lr_min": ("lr_scheduler", ("cosineannealinglr",)),
-    "train_split": ("dataset", ("imagefolder",)),
-    "val_split": ("dataset", ("imagefolder",)),
-    "cache_dataset": ("dataset", ("imagefolder",)),
-    "backend": ("augment_on", ("auto", "worker")),
-    "use_v2": ("augment_on", ("auto", "worker")),
-    "decode_on": ("decode_cache", ("off",)),
-    "clearml_project": ("clearml", ("auto", "online", "offline")),
-    "clearml_task": ("clearml", ("auto", "online", "offline")),
-    "clearml_tags": ("clearml", ("auto", "online", "offline")),
-    "download": ("dataset", tuple(name for name in DATASETS if name.startswith("image") and name != "imagefolder")),
-}
+RUN_SETTINGS = "config.yaml"  # in a run's folder: what it was made with
 
 
 def resolve(
@@ -53,7 +30,7 @@ def resolve(
     """
     command_line = read_command_line(argv)
     path = command_line.get("config")
-    own = os.path.join(command_line.get("output_dir", DEFAULTS["output_dir"]), "config.yaml")
+    own = os.path.join(command_line.get("output_dir", DEFAULTS["output_dir"]), RUN_SETTINGS)
     if path is None and command_line.get("resume") == "auto" and os.path.isfile(own):
         path = own  # a run is continued with the settings it has, no need to repeat them
     given_here = (read_yaml(path) if path is not None else {}, command_line) if base is None else ()
@@ -76,7 +53,7 @@ def drop_or_reject_idle(values: dict[str, Any], level: dict[str, int]) -> None:
     """A setting that cannot take effect is an error, unless what it depends on was switched off
     by a later source (`--auto-augment ta_wide` over a file with `ra_magnitude`): then it goes back
     to its default, so that the run's record does not claim it."""
-    needs = dict(NEEDS)
+    needs = {name: row["needs"] for name, row in SETTINGS.items() if row["needs"]}
     if values["lr_warmup_epochs"] == 0:
         for name in ("lr_warmup_method", "lr_warmup_decay"):
             needs[name] = ("lr_warmup_epochs", ("1 or more",))
@@ -97,18 +74,21 @@ def drop_or_reject_idle(values: dict[str, Any], level: dict[str, int]) -> None:
 
 
 def check(config: Config) -> None:
-    """What no single value shows: combinations and paths."""
-    for name in SCHEDULED:
+    """Raise ConfigError for what no single value shows: combinations and paths."""
+    check_stages(config)
+    check_training(config)
+    check_images(config)
+    check_run(config)
+
+
+def check_stages(config: Config) -> None:
+    for name in SCHEDULES:
         values = getattr(config, name)
-        if (
-            values is not None
-            and len(values) not in {1, config.stages}
-            and not (len(values) == 2 and config.stages > 1)
-        ):
-            accepted = "one value (stages is 1)"
-            if config.stages > 1:
-                accepted = f"one value, first and last, or one per stage ({config.stages})"
-            raise ConfigError(f"{name} takes {accepted}; got {len(values)} values")
+        accepted = {1, config.stages} | ({2} if config.stages > 1 else set())
+        if values is not None and len(values) not in accepted:
+            ways = f"one value, first and last, or one per stage ({config.stages})"
+            ways = ways if config.stages > 1 else "one value (stages is 1)"
+            raise ConfigError(f"{name} takes {ways}; got {len(values)} values")
     if config.stages > config.epochs:
         raise ConfigError(f"{config.stages} stages need at least {config.stages} epochs, epochs is {config.epochs}")
     if config.stage_epochs is not None:
@@ -126,18 +106,24 @@ def check(config: Config) -> None:
         )
     if config.start_epoch >= config.epochs:
         raise ConfigError(f"start_epoch {config.start_epoch} is not below epochs {config.epochs}")
+    if min(config.train_crop_size) < config.image_size_multiple:
+        raise ConfigError(
+            f"train_crop_size {min(config.train_crop_size):g} rounds down to 0 with image_size_multiple {config.image_size_multiple}"
+        )
+
+
+def check_training(config: Config) -> None:
     if config.lr_scheduler == "cosineannealinglr" and config.lr_min > config.lr:
         raise ConfigError(f"lr_min {config.lr_min} is above lr {config.lr}")
     if config.opt == "sgd_nesterov" and config.momentum == 0:
         raise ConfigError("opt sgd_nesterov needs a momentum above 0")
+
+
+def check_images(config: Config) -> None:
     end = RA_SCALE_END[config.ra_scale]
     if max(config.ra_magnitude) > end:
         raise ConfigError(
             f"ra_magnitude {max(config.ra_magnitude):g} is above the end of ra_scale {config.ra_scale} ({end:g})"
-        )
-    if min(config.train_crop_size) < config.image_size_multiple:
-        raise ConfigError(
-            f"train_crop_size {min(config.train_crop_size):g} rounds down to 0 with image_size_multiple {config.image_size_multiple}"
         )
     if len(config.train_crop_scale) != 2 or config.train_crop_scale[0] > config.train_crop_scale[1]:
         raise ConfigError(f"train_crop_scale takes smallest and largest share, got {show(config.train_crop_scale)}")
@@ -164,6 +150,9 @@ def check(config: Config) -> None:
         raise ConfigError("decode_cache has no effect with dataset digits, which is in memory; leave it out")
     if not config.decode_cache:
         raise ConfigError("decode_cache must be auto, off or a folder, got ''")
+
+
+def check_run(config: Config) -> None:
     if config.resume and config.overwrite:
         raise ConfigError("resume continues a run, overwrite starts again; give one of them")
     if config.resume not in ("", "auto") and not os.path.isfile(config.resume):

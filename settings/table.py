@@ -8,6 +8,28 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A setting that may change from stage to stage: how it is called and shown.
+
+    field: its name in a `Stage`
+    heading: of its column in plans, reports and the README
+    absent: what stands in that column for None; "off" also stands for 0
+    axis: label of the graph it is drawn in; those with the same one share a graph. None: in no graph
+    whole: rounded down to whole numbers
+    """
+
+    field: str
+    heading: str
+    absent: str = ""
+    axis: str | None = None
+    whole: bool = False
+
+    def show(self, value: float | None) -> str:
+        """Write the value of a stage as a cell of a table."""
+        return self.absent if value is None or (self.absent == "off" and value == 0) else f"{value:.4g}"
+
+
 def setting(
     default: Any,
     help: str,
@@ -17,19 +39,21 @@ def setting(
     choices: Sequence[str] | None = None,
     interval: str | None = None,
     optional: bool = False,
-    scheduled: bool = False,
+    scheduled: Schedule | None = None,
+    needs: tuple[str, Sequence[Any]] | None = None,
     flags: Sequence[str] = (),
 ) -> Any:
-    """One row of the table.
+    """Make one row of the table.
 
     kind: "int", "float", "str", "bool", or a list of them: "ints", "floats", "strs"
     interval: accepted numbers, as in "[0, 1)"
     optional: may be None
-    scheduled: takes one value, first and last, or one per stage
+    scheduled: takes one value, first and last, or one per stage, and is shown so
+    needs: does nothing unless the setting of this name has one of these values
     flags: short forms besides --name-with-dashes
     """
     metadata: dict[str, Any] = dict(help=help, kind=kind, group=group, choices=choices, interval=interval)
-    metadata.update(optional=optional, scheduled=scheduled, flags=tuple(flags))
+    metadata.update(optional=optional, scheduled=scheduled, needs=needs, flags=tuple(flags))
     return field(default=default, metadata=metadata)
 
 
@@ -37,6 +61,7 @@ DATASETS = (
     "imagefolder", "imagenette", "imagenette-320px", "imagenette-160px",
     "imagewoof", "imagewoof-320px", "imagewoof-160px", "digits",
 )  # fmt: skip
+DOWNLOADS = DATASETS[1:-1]
 POLICIES = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")
 RA_SCALE_END = {"torchvision": 30.0, "paper": 30.0}  # bins of 30; tenths, three times the range
 
@@ -50,20 +75,20 @@ class Config:
     # The data
     data_path: str = setting("data", "folder of the data set; the reference's own default is a folder of its authors' cluster", kind="str", group="data")
     dataset: str = setting("imagefolder", "imagefolder: any tree of one folder per class; digits: scikit-learn's handwritten digits, no download", kind="str", group="data", choices=DATASETS)
-    download: bool = setting(False, "fetch Imagenette or Imagewoof into data_path when it is not there", kind="bool", group="data")
-    train_split: str = setting("train", "folder of the training images below data_path (imagefolder)", kind="str", group="data")
-    val_split: str = setting("val", "folder of the validation images below data_path (imagefolder)", kind="str", group="data")
-    cache_dataset: bool = setting(False, "keep the list of an imagefolder's files for the next start; listed anew when a class folder changed", kind="bool", group="data")
+    download: bool = setting(False, "fetch Imagenette or Imagewoof into data_path when it is not there", kind="bool", group="data", needs=("dataset", DOWNLOADS))
+    train_split: str = setting("train", "folder of the training images below data_path (imagefolder)", kind="str", group="data", needs=("dataset", ("imagefolder",)))
+    val_split: str = setting("val", "folder of the validation images below data_path (imagefolder)", kind="str", group="data", needs=("dataset", ("imagefolder",)))
+    cache_dataset: bool = setting(False, "keep the list of an imagefolder's files for the next start; listed anew when a class folder changed", kind="bool", group="data", needs=("dataset", ("imagefolder",)))
     decode_cache: str = setting("auto", "keep images decoded, once for all epochs and runs: auto (where there is room), off, or the folder to keep them in", kind="str", group="data")
     augment_on: str = setting("auto", "augment image by image in workers, or in batches on the device; auto: device if that is CUDA and the policy has a batch form (ra or none)", kind="str", group="data", choices=("auto", "worker", "device"))
-    decode_on: str = setting("worker", "decode each time in workers, or JPEGs in batches on a CUDA GPU (nvJPEG; needs decode_cache off, augment_on device)", kind="str", group="data", choices=("worker", "device"))
+    decode_on: str = setting("worker", "decode each time in workers, or JPEGs in batches on a CUDA GPU (nvJPEG; needs decode_cache off, augment_on device)", kind="str", group="data", choices=("worker", "device"), needs=("decode_cache", ("off",)))
     workers: int = setting(16, "processes that load images, per process that trains; 0 loads in the training process", kind="int", group="data", interval="[0, 1024]", flags=["-j"])
 
     # The model
     model: str = setting("resnet18", "any torchvision classification model, or efficientnet_v2_b0, _b1, _b2, _b3, _xl", kind="str", group="model")
     weights: str | None = setting(None, "start from these: a torchvision weights name (EfficientNet_V2_S_Weights.IMAGENET1K_V1, or DEFAULT) or a file; a head of another class count is replaced", kind="str", group="model", optional=True)
-    dropout: tuple[float, ...] | None = setting(None, "probability of zeroing, in the model's Dropout layers; unset: the model's own", kind="floats", group="model", interval="[0, 1)", optional=True, scheduled=True)
-    stochastic_depth_prob: tuple[float, ...] | None = setting(None, "probability of dropping the last residual block, growing linearly with depth; unset: the model's own", kind="floats", group="model", interval="[0, 1)", optional=True, scheduled=True)
+    dropout: tuple[float, ...] | None = setting(None, "probability of zeroing, in the model's Dropout layers; unset: the model's own", kind="floats", group="model", interval="[0, 1)", optional=True, scheduled=Schedule(field="dropout", heading="dropout", absent="model's", axis="probability, alpha"))
+    stochastic_depth_prob: tuple[float, ...] | None = setting(None, "probability of dropping the last residual block, growing linearly with depth; unset: the model's own", kind="floats", group="model", interval="[0, 1)", optional=True, scheduled=Schedule(field="stochastic_depth_prob", heading="stoch. depth", absent="model's", axis="probability, alpha"))
     bn_momentum: float | None = setting(None, "weight of the newest batch in batch norm's running statistics; unset: the model's own (0.1)", kind="float", group="model", interval="(0, 1]", optional=True)
     sync_bn: bool = setting(False, "batch norm over all processes together", kind="bool", group="model")
 
@@ -71,16 +96,16 @@ class Config:
     stages: int = setting(1, "stages of progressive learning; 1 trains as the reference does", kind="int", group="stages", interval="[1, 1000]")
     stage_rule: str = setting("paper", "image size of stage i of M, from S0 to Se: paper S0+(Se-S0)*i/(M-1), released code S0+(Se-S0)*(i+1)/M", kind="str", group="stages", choices=("paper", "released"))
     stage_epochs: tuple[int, ...] | None = setting(None, "epochs of each stage; unset: stage i is epochs i*N//M up to (i+1)*N//M", kind="ints", group="stages", interval="[1, 1000000000]", optional=True)
-    train_crop_size: tuple[float, ...] = setting((224.0,), "side of the training crop, pixels; rounded down", kind="floats", group="stages", interval="[1, 8192]", scheduled=True)
+    train_crop_size: tuple[float, ...] = setting((224.0,), "side of the training crop, pixels; rounded down", kind="floats", group="stages", interval="[1, 8192]", scheduled=Schedule(field="image_size", heading="image size", axis="image size, px", whole=True))
     image_size_multiple: int = setting(1, "round training sizes down to a multiple of this", kind="int", group="stages", interval="[1, 512]")
 
     # Training
     epochs: int = setting(90, "passes over the training images, all stages together", kind="int", group="training", interval="[1, 1000000000]")
     start_epoch: int = setting(0, "first epoch to train, counted from 0; a resumed run knows its own", kind="int", group="training", interval="[0, 1000000000]")
-    batch_size: tuple[float, ...] = setting((32.0,), "images per step and process", kind="floats", group="training", interval="[1, 1000000000]", scheduled=True, flags=["-b"])
+    batch_size: tuple[float, ...] = setting((32.0,), "images per step and process", kind="floats", group="training", interval="[1, 1000000000]", scheduled=Schedule(field="batch_size", heading="batch", whole=True), flags=["-b"])
     opt: str = setting("sgd", "optimizer", kind="str", group="training", choices=("sgd", "sgd_nesterov", "rmsprop", "adamw"))
     lr: float = setting(0.1, "learning rate after warm-up", kind="float", group="training", interval="(0, inf)")
-    momentum: float = setting(0.9, "of sgd and rmsprop", kind="float", group="training", interval="[0, 1)")
+    momentum: float = setting(0.9, "of sgd and rmsprop", kind="float", group="training", interval="[0, 1)", needs=("opt", ("sgd", "sgd_nesterov", "rmsprop")))
     weight_decay: float = setting(1e-4, "for all parameters without a weight decay of their own below", kind="float", group="training", interval="[0, inf)", flags=["--wd"])
     norm_weight_decay: float | None = setting(None, "weight decay of normalisation layers", kind="float", group="training", interval="[0, inf)", optional=True)
     bias_weight_decay: float | None = setting(None, "weight decay of biases", kind="float", group="training", interval="[0, inf)", optional=True)
@@ -92,28 +117,28 @@ class Config:
     lr_warmup_epochs: int = setting(0, "epochs of warm-up", kind="int", group="training", interval="[0, 1000000000]")
     lr_warmup_method: str = setting("constant", "warm-up", kind="str", group="training", choices=("linear", "constant"))
     lr_warmup_decay: float = setting(0.01, "warm-up starts at this share of lr", kind="float", group="training", interval="[0, 1]")
-    lr_step_size: int = setting(30, "epochs from one fall to the next (steplr)", kind="int", group="training", interval="[1, 1000000000]")
-    lr_gamma: float = setting(0.1, "factor of each fall: per lr_step_size epochs (steplr), per epoch (exponentiallr)", kind="float", group="training", interval="(0, 1]")
-    lr_min: float = setting(0.0, "where the cosine ends (cosineannealinglr)", kind="float", group="training", interval="[0, inf)")
+    lr_step_size: int = setting(30, "epochs from one fall to the next (steplr)", kind="int", group="training", interval="[1, 1000000000]", needs=("lr_scheduler", ("steplr",)))
+    lr_gamma: float = setting(0.1, "factor of each fall: per lr_step_size epochs (steplr), per epoch (exponentiallr)", kind="float", group="training", interval="(0, 1]", needs=("lr_scheduler", ("steplr", "exponentiallr")))
+    lr_min: float = setting(0.0, "where the cosine ends (cosineannealinglr)", kind="float", group="training", interval="[0, inf)", needs=("lr_scheduler", ("cosineannealinglr",)))
     model_ema: bool = setting(False, "keep and evaluate an exponential moving average of the weights", kind="bool", group="training")
-    model_ema_steps: int = setting(32, "steps from one update of the average to the next", kind="int", group="training", interval="[1, 1000000000]")
-    model_ema_decay: float = setting(0.99998, "decay as the reference means it: 1 - decay is scaled by images per update over epochs", kind="float", group="training", interval="[0, 1)")
+    model_ema_steps: int = setting(32, "steps from one update of the average to the next", kind="int", group="training", interval="[1, 1000000000]", needs=("model_ema", (True,)))
+    model_ema_decay: float = setting(0.99998, "decay as the reference means it: 1 - decay is scaled by images per update over epochs", kind="float", group="training", interval="[0, 1)", needs=("model_ema", (True,)))
 
     # Augmentation
     auto_augment: str | None = setting(None, "policy: ra (RandAugment), ta_wide, augmix, or AutoAugment's imagenet, cifar10, svhn", kind="str", group="augmentation", choices=POLICIES, optional=True)
-    ra_magnitude: tuple[float, ...] = setting((9.0,), "strength of RandAugment, in the units of ra_scale", kind="floats", group="augmentation", interval="[0, inf)", scheduled=True)
-    ra_scale: str = setting("torchvision", "torchvision: bins of 30, as the reference's recipes; paper: tenths of the range, may exceed 10 (15 rotates by 45 degrees)", kind="str", group="augmentation", choices=tuple(RA_SCALE_END))
-    augmix_severity: int = setting(3, "strength of augmix", kind="int", group="augmentation", interval="[1, 10]")
-    random_erase: tuple[float, ...] = setting((0.0,), "probability of erasing a random rectangle", kind="floats", group="augmentation", interval="[0, 1]", scheduled=True)
-    mixup_alpha: tuple[float, ...] = setting((0.0,), "mixup's Beta(alpha, alpha); 0 is off", kind="floats", group="augmentation", interval="[0, inf)", scheduled=True)
-    cutmix_alpha: tuple[float, ...] = setting((0.0,), "cutmix's Beta(alpha, alpha); 0 is off; with mixup on, each batch gets one of the two", kind="floats", group="augmentation", interval="[0, inf)", scheduled=True)
+    ra_magnitude: tuple[float, ...] = setting((9.0,), "strength of RandAugment, in the units of ra_scale", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="ra_magnitude", heading="RandAugment", absent="off", axis="RandAugment magnitude"), needs=("auto_augment", ("ra",)))
+    ra_scale: str = setting("torchvision", "torchvision: bins of 30, as the reference's recipes; paper: tenths of the range, may exceed 10 (15 rotates by 45 degrees)", kind="str", group="augmentation", choices=tuple(RA_SCALE_END), needs=("auto_augment", ("ra",)))
+    augmix_severity: int = setting(3, "strength of augmix", kind="int", group="augmentation", interval="[1, 10]", needs=("auto_augment", ("augmix",)))
+    random_erase: tuple[float, ...] = setting((0.0,), "probability of erasing a random rectangle", kind="floats", group="augmentation", interval="[0, 1]", scheduled=Schedule(field="random_erase", heading="erase", absent="off", axis="probability, alpha"))
+    mixup_alpha: tuple[float, ...] = setting((0.0,), "mixup's Beta(alpha, alpha); 0 is off", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="mixup_alpha", heading="mixup", absent="off", axis="probability, alpha"))
+    cutmix_alpha: tuple[float, ...] = setting((0.0,), "cutmix's Beta(alpha, alpha); 0 is off; with mixup on, each batch gets one of the two", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="cutmix_alpha", heading="cutmix", absent="off", axis="probability, alpha"))
     train_crop_scale: tuple[float, float] = setting((0.08, 1.0), "smallest and largest area of the random crop, as shares of the image", kind="floats", group="augmentation", interval="(0, 1]")
     hflip_prob: float = setting(0.5, "probability of a horizontal flip", kind="float", group="augmentation", interval="[0, 1]")
     ra_sampler: bool = setting(False, "repeated augmentation: each image ra_reps times in a step, as many images per epoch as without", kind="bool", group="augmentation")
-    ra_reps: int = setting(3, "repeats of ra_sampler", kind="int", group="augmentation", interval="[1, 100]")
+    ra_reps: int = setting(3, "repeats of ra_sampler", kind="int", group="augmentation", interval="[1, 100]", needs=("ra_sampler", (True,)))
     interpolation: str = setting("bilinear", "of every resize and warp", kind="str", group="augmentation", choices=("nearest", "bilinear", "bicubic"))
-    backend: str = setting("pil", "what transforms work on", kind="str", group="augmentation", choices=("pil", "tensor"))
-    use_v2: bool = setting(False, "take torchvision's own transforms from torchvision.transforms.v2 instead of torchvision.transforms", kind="bool", group="augmentation")
+    backend: str = setting("pil", "what transforms work on", kind="str", group="augmentation", choices=("pil", "tensor"), needs=("augment_on", ("auto", "worker")))
+    use_v2: bool = setting(False, "take torchvision's own transforms from torchvision.transforms.v2 instead of torchvision.transforms", kind="bool", group="augmentation", needs=("augment_on", ("auto", "worker")))
 
     # Evaluation
     val_resize_size: int = setting(256, "short side before the centre crop, pixels", kind="int", group="evaluation", interval="[1, 8192]")
@@ -124,7 +149,7 @@ class Config:
     # The machine
     device: str = setting("auto", "auto: cuda, then mps, then cpu; or a device by name", kind="str", group="machine")
     amp: bool = setting(False, "mixed precision", kind="bool", group="machine")
-    amp_dtype: str = setting("auto", "auto: bfloat16 where supported, else float16; float16 trains with a gradient scaler", kind="str", group="machine", choices=("auto", "bfloat16", "float16"))
+    amp_dtype: str = setting("auto", "auto: bfloat16 where supported, else float16; float16 trains with a gradient scaler", kind="str", group="machine", choices=("auto", "bfloat16", "float16"), needs=("amp", (True,)))
     channels_last: bool = setting(False, "keep images and weights channels last in memory; faster convolutions", kind="bool", group="machine")
     compile: bool = setting(False, "torch.compile; compiles once per stage, outside the clock", kind="bool", group="machine")
     seed: int = setting(0, "every random choice follows from it", kind="int", group="machine", interval="[0, 4294967295]")
@@ -140,11 +165,16 @@ class Config:
     time_budget: str | None = setting(None, "stop after this long (90s, 25m, 1.5h), saved; exit status 3", kind="str", group="run", optional=True)
     print_freq: int = setting(10, "steps between lines of progress", kind="int", group="run", interval="[1, 1000000000]")
     clearml: str = setting("auto", "report to ClearML; auto: online if a server is configured and answers, else offline, for `python -m tracking upload OUTPUT_DIR`", kind="str", group="run", choices=("auto", "online", "offline", "off"))
-    clearml_project: str = setting("progressive-learning", "ClearML project", kind="str", group="run")
-    clearml_task: str | None = setting(None, "name of the ClearML task; unset: the name of output_dir", kind="str", group="run", optional=True)
-    clearml_tags: tuple[str, ...] | None = setting(None, "tags of the ClearML task", kind="strs", group="run", optional=True)
+    clearml_project: str = setting("progressive-learning", "ClearML project", kind="str", group="run", needs=("clearml", ("auto", "online", "offline")))
+    clearml_task: str | None = setting(None, "name of the ClearML task; unset: the name of output_dir", kind="str", group="run", optional=True, needs=("clearml", ("auto", "online", "offline")))
+    clearml_tags: tuple[str, ...] | None = setting(None, "tags of the ClearML task", kind="strs", group="run", optional=True, needs=("clearml", ("auto", "online", "offline")))
     plan: str | None = setting(None, "print the stages and their cost, train nothing; `json` for machines", kind="str", group="run", choices=("table", "json"), optional=True)
     # fmt: on
+
+    def idle(self, name: str) -> bool:
+        """Say whether setting `name` does nothing, for want of what it needs."""
+        needs = SETTINGS[name]["needs"]
+        return needs is not None and getattr(self, needs[0]) not in needs[1]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, checkpoints and dashboards: one number stays one number, the
@@ -154,7 +184,7 @@ class Config:
 
 SETTINGS = {f.name: f.metadata for f in fields(Config)}
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Config)}
-SCHEDULED = tuple(name for name, row in SETTINGS.items() if row["scheduled"])
+SCHEDULES: dict[str, Schedule] = {name: row["scheduled"] for name, row in SETTINGS.items() if row["scheduled"]}
 
 # How a run is started, not what it computes: left out of its config.yaml, free to differ on resume.
 LAUNCH = ("config", "download", "overwrite", "plan", "resume", "test_only", "time_budget")

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from loading import loader_of
 from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode
@@ -14,13 +15,13 @@ from torchvision.transforms import functional as v1_functional
 from torchvision.transforms.v2 import functional as F
 
 from augment import batch
-from augment.batch import rand_augment, resized_crop, resized_crops
+from augment.batch import crop_batch, crop_tensor, rand_augment
 from augment.draws import CROP, ERASED, NUM_DRAWS, crop_boxes, erase_boxes, uniforms
 from augment.pixels import IMAGENET_STD
 from augment.randaugment import OPERATIONS
 from images import sources
 from images.datasets import ImageTree
-from images.loaders import TrainLoader, augment_on
+from images.loaders import augment_on
 from images.order import DrawSampler
 from presets import BatchPreset
 from settings.errors import ConfigError
@@ -151,7 +152,7 @@ def reference_crop(pixels, box, flip, size):
 def test_one_crop_is_torchvision_s(size):
     pixels = photo(60, 90)
     for box in ([0, 0, 60, 90], [10, 20, 30, 40], [59, 89, 1, 1], [5, 5, 24, 24], [0, 80, 60, 10]):
-        difference = resized_crop(pixels, box, size).int() - reference_crop(pixels, box, False, size).int()
+        difference = crop_tensor(pixels, box, size).int() - reference_crop(pixels, box, False, size).int()
         assert difference.abs().max() <= 1  # some versions of torchvision resize in floating point
 
 
@@ -165,7 +166,7 @@ def test_crops_by_matrix_products_are_torchvision_s_to_a_grey_level(monkeypatch,
     flips = np.array([False, True, True, False, True, False])
     starts = np.cumsum([0] + [height * width for height, width in shapes])[:-1]
     flat = torch.cat([image.view(-1, 3) for image in images])
-    ours = resized_crops(flat, starts, np.array([width for _, width in shapes]), boxes, flips, size)
+    ours = crop_batch(flat, starts, np.array([width for _, width in shapes]), boxes, flips, size)
     assert ours.shape == (6, 3, size, size) and ours.dtype == torch.uint8
     for image, box, flip, mine in zip(images, boxes.tolist(), flips, ours):
         exact = reference_crop(image.float(), box, flip, size)  # without rounding between the axes
@@ -316,7 +317,7 @@ def mixed_tree(tmp_path):
 
 def batches(images, **how):
     sampler = DrawSampler(len(images), 5, seed=0)
-    loader = TrainLoader(images, BatchPreset(image_size=48), sampler, Runtime(device=torch.device("cpu")), **how)
+    loader = loader_of(images, BatchPreset(image_size=48), sampler, Runtime(device=torch.device("cpu")), **how)
     ((step, pixels, targets),) = loader.epoch(3)
     return step, pixels * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, targets
 
@@ -368,8 +369,8 @@ def test_crops_on_a_gpu_are_those_of_the_cpu_to_a_grey_level():
     starts = np.cumsum([0, *(heights * widths)])[:-1]
     preset, draws = BatchPreset(image_size=96), uniforms(0, keys(len(shapes)))
     boxes, flips = preset.boxes(draws, heights, widths), preset.flips(draws)
-    here = resized_crops(flat, starts, widths, boxes, flips, 96)
-    there = resized_crops(flat.cuda(), starts, widths, boxes, flips, 96).cpu()
+    here = crop_batch(flat, starts, widths, boxes, flips, 96)
+    there = crop_batch(flat.cuda(), starts, widths, boxes, flips, 96).cpu()
     difference = (here.int() - there.int()).abs()
     assert difference.max() <= 1 and difference.float().mean() < 0.1
 

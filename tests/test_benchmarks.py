@@ -217,7 +217,7 @@ def test_earlier_rows_do_not_make_the_code_dirty(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "--quiet", "-m", "x")
     monkeypatch.setattr(common, "ROOT", tmp_path)
-    monkeypatch.setattr(common.runlog, "commit", lambda: "abc-dirty")
+    monkeypatch.setattr(common.records, "commit", lambda: "abc-dirty")
     rows.write_text("[1]")
     assert common.commit() == "abc"
     code.write_text("pass")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tree
+from loading import loader_of
 from PIL import Image
 
 from augment.pixels import denormalise
@@ -68,7 +69,7 @@ def loader(workers=0, mix=None, count=12, rank=0, world_size=1, seed=0):
     transform = train_preset(image_size=16, auto_augment="ra", ra_magnitude=9, random_erase=0.5)
     sampler = DrawSampler(count, 4, seed, rank, world_size)
     runtime = Runtime(device=torch.device("cpu"), rank=rank, world_size=world_size)
-    return TrainLoader(Colours(count), transform, sampler, runtime, workers=workers, mix=mix)
+    return loader_of(Colours(count), transform, sampler, runtime, workers=workers, mix=mix)
 
 
 def loaded(one, epoch, first_step=0):
@@ -434,7 +435,7 @@ def test_mixing_differs_between_processes_and_steps():
         runtime = Runtime(device=torch.device("cpu"), rank=rank, world_size=2)
         sampler = DrawSampler(16, 4, 0, rank, 2)
         mix = batch_mix(1.0, 0.0, 16)
-        steps = TrainLoader(OwnClasses(16), train_preset(image_size=8), sampler, runtime, mix=mix).epoch(0)
+        steps = loader_of(OwnClasses(16), train_preset(image_size=8), sampler, runtime, mix=mix).epoch(0)
         shares |= {float(targets.max()) for _, _, targets in steps}
     assert len(shares) == 4
 
@@ -446,7 +447,7 @@ def test_loading_draws_nothing_from_the_global_generator():
 
 
 def test_targets_belong_to_their_images():
-    images = TrainLoader(Colours(), Itself(), DrawSampler(12, 4, 0), CPU, workers=0)
+    images = loader_of(Colours(), Itself(), DrawSampler(12, 4, 0), CPU, workers=0)
     pairs = [(int(red), int(target)) for _, reds, targets in images.epoch(0) for red, target in zip(reds, targets)]
     assert sorted(pairs) == [(red, red % 2) for red in range(12)]
 
@@ -474,7 +475,7 @@ def test_worker_processes_are_gone_after_close_over_five_rebuilds():
 def test_a_damaged_image_in_a_worker_is_named(tree):
     (tree / "train" / "ant" / "0.png").write_bytes(b"no image")
     images = ImageTree(str(tree / "train"))
-    one = TrainLoader(images, train_preset(image_size=8), DrawSampler(24, 24, 0), CPU, workers=1)
+    one = loader_of(images, train_preset(image_size=8), DrawSampler(24, 24, 0), CPU, workers=1)
     with pytest.raises(ConfigError, match=r"0\.png cannot be read as an image"):
         loaded(one, epoch=0)
 
@@ -495,7 +496,7 @@ def test_the_loader_of_a_stage_has_its_size_batch_and_mix(tree):
 
 def test_images_take_the_memory_format_of_the_run():
     runtime = Runtime(device=torch.device("cpu"), memory_format=torch.channels_last)
-    one = TrainLoader(Colours(), train_preset(image_size=8), DrawSampler(12, 4, 0), runtime)
+    one = loader_of(Colours(), train_preset(image_size=8), DrawSampler(12, 4, 0), runtime)
     assert next(one.epoch(0))[1].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -514,7 +515,7 @@ def device_loader(workers=0, mix=None, count=14, rank=0, world_size=1, images=No
     preset = BatchPreset(image_size=16, ra_magnitude=9, random_erase=0.5)
     runtime = Runtime(device=torch.device("cpu"), rank=rank, world_size=world_size)
     sampler = DrawSampler(count, 4, 0, rank, world_size)
-    return TrainLoader(images or Colours(count), preset, sampler, runtime, workers=workers, mix=mix, epochs=epochs)
+    return loader_of(images or Colours(count), preset, sampler, runtime, workers=workers, mix=mix, epochs=epochs)
 
 
 def test_batches_of_the_device_are_the_same_bits_at_any_number_of_workers_and_from_any_step():
@@ -555,7 +556,7 @@ def test_images_on_the_device_are_cropped_there_to_a_grey_level(tree):
     on_host = loaded(train_loader(config, kept, CPU, stage), 0)
     kept.train.place_on(torch.device("cpu"))
     resident = train_loader(config, kept, CPU, stage)
-    assert len(resident) == 5 and resident.samples([(0, 3, 0)]).shape == (1, 3, 16, 16)
+    assert len(resident) == 5 and resident.source.samples([(0, 3, 0)]).shape == (1, 3, 16, 16)
     for (_, images, targets), (_, expected, expected_targets) in zip(loaded(resident, 0), on_host, strict=True):
         assert torch.equal(targets, expected_targets)
         grey = (denormalise(images).int() - denormalise(expected).int()).abs()
@@ -578,11 +579,13 @@ def test_files_and_stores_are_cropped_alike_by_workers(tree):
 
 
 def test_an_epoch_s_last_step_is_followed_by_loading_the_next_epoch():
-    one = Noted(Colours(14), train_preset(image_size=8), DrawSampler(14, 4, 0), CPU, workers=2, epochs=range(2, 5))
+    one = loader_of(
+        Colours(14), train_preset(image_size=8), DrawSampler(14, 4, 0), CPU, workers=2, epochs=range(2, 5), kind=Noted
+    )
     epochs = [list(one.epoch(epoch)) for epoch in (2, 3, 4)]
     assert one.starts == [(2, 0)]  # once for all three
     for epoch, steps in zip((2, 3, 4), epochs):
-        fresh = TrainLoader(Colours(14), train_preset(image_size=8), DrawSampler(14, 4, 0), CPU)
+        fresh = loader_of(Colours(14), train_preset(image_size=8), DrawSampler(14, 4, 0), CPU)
         assert_same(steps, list(fresh.epoch(epoch)))
     again = list(one.epoch(3, 2))  # out of order: started anew
     one.close()
@@ -591,17 +594,19 @@ def test_an_epoch_s_last_step_is_followed_by_loading_the_next_epoch():
 
 
 def test_leaving_an_epoch_in_its_middle_and_going_on_is_seamless():
-    one = Noted(Colours(14), train_preset(image_size=8), DrawSampler(14, 4, 0), CPU, workers=1, epochs=range(2))
+    one = loader_of(
+        Colours(14), train_preset(image_size=8), DrawSampler(14, 4, 0), CPU, workers=1, epochs=range(2), kind=Noted
+    )
     steps = iter(one.epoch(0))
     first = [next(steps), next(steps)]
     rest = list(one.epoch(0, 2))
     one.close()
     assert one.starts == [(0, 0)]
-    assert_same(first + rest, loaded(loader_of(14), 0))
+    assert_same(first + rest, loaded(plain_loader(14), 0))
 
 
-def loader_of(count):
-    return TrainLoader(Colours(count), train_preset(image_size=8), DrawSampler(count, 4, 0), CPU)
+def plain_loader(count):
+    return loader_of(Colours(count), train_preset(image_size=8), DrawSampler(count, 4, 0), CPU)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,7 +12,7 @@ from learning.models import available, build_model, check_name, set_dropout, set
 from learning.weights import find_weights, read_weights
 from settings.errors import ConfigError
 from settings.resolve import resolve
-from stages import describe_plan, plan_stages
+from stages import make_plan
 
 SMALL = "shufflenet_v2_x0_5"  # 0.34 million weights below its head of 1024 columns
 
@@ -103,7 +103,7 @@ def test_a_size_the_model_cannot_take_is_named():
 )
 def test_every_family_can_be_planned(name):
     config = resolve(["--model", name, "--epochs", "1"])
-    (row,) = describe_plan(config, plan_stages(config))["stages"]
+    (row,) = make_plan(config).as_dict()["stages"]
     assert row["image_size"] == 224 and row["gflops_per_image"] > 0
 
 

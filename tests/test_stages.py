@@ -6,7 +6,7 @@ import pytest
 
 from settings.errors import ConfigError
 from settings.resolve import resolve
-from stages import describe_plan, plan_stages, released_image_size, stage_value
+from stages import make_plan, plan_stages, released_image_size, stage_value
 from train import run
 
 
@@ -138,12 +138,10 @@ def test_plan_needs_neither_data_nor_gpu_and_tells_its_cost(capsys, monkeypatch,
 
 def test_released_rule_costs_what_the_facts_say():
     config = resolve(["--config", "configs/imagenette_s_released.yaml"])
-    assert describe_plan(config, plan_stages(config))["relative_cost"] == pytest.approx(
-        0.642, abs=0.02
-    )  # by areas; layers round odd sizes up
+    assert make_plan(config).relative_cost == pytest.approx(0.642, abs=0.02)  # by areas; layers round odd sizes up
 
 
 def test_a_model_bound_to_one_size_says_so():
     config = resolve(["--model", "vit_b_16", "--stages", "2", "--train-crop-size", "128", "224"])
     with pytest.raises(ConfigError, match="128 px"):
-        describe_plan(config, plan_stages(config))
+        make_plan(config)

@@ -36,7 +36,7 @@ def stored(tree, *flags):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock") if folder.exists() else []
 
 
 @pytest.fixture

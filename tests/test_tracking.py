@@ -18,6 +18,7 @@ import yaml
 from clearml_server import ClearMLServer, Refused
 from conftest import ROOT, assert_same_bits, checkpoint, make_tree, metrics, program
 
+from reporting.folder import RunFolder
 from settings.errors import ConfigError
 from settings.table import SETTINGS
 from settings.values import convert, from_text
@@ -253,7 +254,7 @@ def test_many_classes_are_the_worst_and_a_table_of_confusions(tmp_path):
         def get_logger(self):
             return Logger()
 
-    TaskReport(Task(), str(tmp_path), None).confusion("best", 0, matrix)
+    TaskReport(Task(), RunFolder(str(tmp_path)), None).confusion("best", 0, matrix)
     shown, labels = told["confusion matrix"]
     # of the six classes of each kind (0, 1, ... 9 right) the worst 50: all up to 7 right, two of those with 8
     assert shown.shape == (50, 50) and "c0" in labels and "c9" not in labels and "c59" not in labels
@@ -276,7 +277,7 @@ def test_what_is_not_finite_is_flagged_and_never_sent_as_zero(tmp_path):
             sent.append((title, series, value, iteration))
 
     record = {"epoch": 3, "loss": 0.5, "val_loss": None, "top5": float("nan"), "non_finite": ["val_loss"]}
-    TaskReport(Task(), str(tmp_path), None).epoch(record)
+    TaskReport(Task(), RunFolder(str(tmp_path)), None).epoch(record)
     assert sent == [("loss", "train", 0.5, 3), ("non_finite", "val_loss", 1, 3)]
 
 
@@ -424,12 +425,12 @@ def test_killed_offline_resumed_and_uploaded_has_every_epoch_once(images, tmp_pa
     wait_for_epochs(out, 4, process)
     process.kill()
     process.communicate()
-    session = Session(str(out))
+    session = Session(RunFolder(str(out)))
     with open(os.path.join(session.offline_folder, "metrics.jsonl"), "a") as file:
         file.write('[{"metric": "loss", "varia')  # cut short, as a kill may leave it
     done = program("--resume", "auto", "--output-dir", out, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert Session(str(out)).offline == session.offline
+    assert Session(RunFolder(str(out))).offline == session.offline
     for _ in range(2):  # the second time changes nothing
         sent = upload(out, server.env(tmp_path / "cache"))
         assert sent.returncode == 0, sent.stdout + sent.stderr
@@ -451,7 +452,7 @@ def test_a_killed_session_is_uploaded_without_a_resume(images, tmp_path, server)
     wait_for_epochs(out, 3, process)
     process.kill()
     process.communicate()
-    with open(os.path.join(Session(str(out)).offline_folder, "log.jsonl"), "a") as file:
+    with open(os.path.join(Session(RunFolder(str(out))).offline_folder, "log.jsonl"), "a") as file:
         file.write('[{"msg": "half a li')
     assert upload(out, server.env(tmp_path / "cache")).returncode == 0
     task = only_task(server)
@@ -673,7 +674,7 @@ def test_overwriting_forgets_the_older_run(images, tmp_path):
     flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "1"]
     assert program(*flags, "--clearml", "offline", env=env).returncode == 0
     assert program(*flags, "--clearml", "off", "--overwrite", "--time-budget", "0.01", env=env).returncode in (0, 3)
-    session = Session(str(out))
+    session = Session(RunFolder(str(out)))
     assert session.offline is None and session.online is None
     (out / "clearml" / "task.json").write_text("{half")
-    assert Session(str(out)).online is None  # damaged: as if there were none
+    assert Session(RunFolder(str(out))).online is None  # damaged: as if there were none

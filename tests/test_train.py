@@ -21,6 +21,7 @@ import train
 from augment import randaugment
 from learning import models
 from learning.learner import Learner
+from reporting.folder import RunFolder
 from reporting.page import report_page
 from train import run
 from utils import Stop
@@ -169,7 +170,7 @@ def test_report_is_one_page_that_needs_nothing_else(two_stages):
         f"{json.loads((folder / 'summary.json').read_text())['top1']:.2f} %",
     ):
         assert words in page
-    assert report_page(str(folder)) == page  # drawn again from the folder alone
+    assert report_page(RunFolder(str(folder))) == page  # drawn again from the folder alone
 
 
 def test_a_folder_with_a_run_is_neither_overwritten_nor_continued_unasked(two_stages, tmp_path, capsys):

@@ -3,29 +3,36 @@
 import math
 import os
 import signal
-from dataclasses import asdict
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same_bits
 from torch import nn
 
 import utils
-from learning.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
-    previous_checkpoint,
-    save_checkpoint,
-    undone,
-    write_safely,
-)
+from learning.checkpoint import Checkpoint, previous_checkpoint, undone, write_safely
 from learning.ema import EMA, ema_decay
+from learning.resume import find_checkpoint
 from learning.scores import NonFiniteLoss, Score, TrainingLoss
 from learning.state import RunState
 from settings.errors import ConfigError
 from settings.resolve import resolve
-from utils import Runtime, Stop, drawing_from, find_amp_dtype, find_device, key_to_seed, start_runtime
+from utils import (
+    GOLDEN,
+    Runtime,
+    Stop,
+    drawing_from,
+    find_amp_dtype,
+    find_device,
+    key_to_seed,
+    keys_to_seeds,
+    scramble,
+    scramble_array,
+    start_runtime,
+)
 
 CPU = Runtime(device=torch.device("cpu"))
 
@@ -103,6 +110,22 @@ def test_neighbouring_keys_give_unrelated_seeds():
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == 1000  # torch's CPU generator takes the low 32 bits
     ones = sum(bin(seed).count("1") for seed in seeds) / 64_000
     assert ones == pytest.approx(0.5, abs=0.02)
+
+
+def test_keys_are_hashed_by_splitmix64():
+    """The generator's published outputs from the seed 1234567, and by hand: a key of one part is its first output from
+    that part, since the number of parts counts steps."""
+    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    for n, output in enumerate(outputs, 1):
+        assert scramble((1234567 + n * GOLDEN) % 2**64) == output
+    assert scramble_array(np.array([1234567], np.uint64) + np.uint64(GOLDEN)).tolist() == outputs[:1]
+    assert key_to_seed(1234567) == outputs[0]
+
+
+def test_many_keys_at_once_are_hashed_as_one_at_a_time():
+    epochs, indices = np.array([[0], [2**32 - 1]], np.uint64), np.array([0, 1, 2**40], np.uint64)
+    together = keys_to_seeds(3, epochs, indices)
+    assert together.tolist() == [[key_to_seed(3, int(e), int(i)) for i in indices] for e in epochs[:, 0]]
 
 
 def test_the_generator_goes_on_afterwards_as_if_nothing_had_been_drawn():
@@ -468,15 +491,34 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def checkpoint_of(epoch, config=None, world_size=1, **state):
+    """A checkpoint of a model of one weight, which holds `epoch`."""
+    return Checkpoint(
+        model={"w": torch.full((500,), epoch)}, optimizer={}, scaler={}, state=RunState(epoch=epoch, **state),
+        world_size=world_size, config=config or {}, classes=["ant", "bee"], num_images=8,
+    )  # fmt: skip
+
+
 def test_the_checkpoint_before_is_kept(tmp_path):
     path = str(tmp_path / "checkpoint.pth")
-    for number in (1, 2, 3):
-        save_checkpoint(path, {"number": number, "weights": {"w": torch.full((2,), number)}})
-        assert load_checkpoint(path)["number"] == number
-    before = load_checkpoint(str(tmp_path / "checkpoint_previous.pth"))
-    assert before["number"] == 2 and before["weights"]["w"].tolist() == [2, 2]
+    for epoch in (1, 2, 3):
+        checkpoint_of(epoch).save(path)
+        assert Checkpoint.load(path).state.epoch == epoch
+    before = Checkpoint.load(str(tmp_path / "checkpoint_previous.pth"))
+    assert before.state.epoch == 2 and before.model["w"].tolist() == 500 * [2]
     assert files(tmp_path) == ["checkpoint.pth", "checkpoint_previous.pth"]
     assert previous_checkpoint(path) == str(tmp_path / "checkpoint_previous.pth")
+
+
+def test_a_checkpoint_reads_back_as_it_was_with_and_without_an_average(tmp_path):
+    path = str(tmp_path / "checkpoint.pth")
+    plain = checkpoint_of(3, config={"lr": 0.1, "dropout": [0.1, 0.3], "weights": None}, step=7, best_weights="ema")
+    averaged = replace(plain, model_ema={"w": torch.ones(2)}, ema_updates=5, store_side=64)
+    for checkpoint in (plain, averaged):
+        checkpoint.save(path)
+        assert_same_bits(Checkpoint.load(path).to_dict(), checkpoint.to_dict())
+    plain.save(path)
+    assert "model_ema" not in torch.load(path, weights_only=True)  # by which `--weights` knows what to take
 
 
 def test_without_a_name_to_keep_it_under_the_old_file_is_replaced(tmp_path):
@@ -488,17 +530,17 @@ def test_without_a_name_to_keep_it_under_the_old_file_is_replaced(tmp_path):
 
 def test_a_failure_while_writing_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "checkpoint.pth"
-    save_checkpoint(str(path), {"number": 1})
+    checkpoint_of(1).save(str(path))
     before = path.read_bytes()
     with pytest.raises(RuntimeError, match="cannot be pickled"):
-        save_checkpoint(str(path), {"weights": torch.zeros(1000), "bad": Unsaveable()})
+        checkpoint_of(2, config={"bad": Unsaveable()}).save(str(path))
     assert path.read_bytes() == before and files(tmp_path) == ["checkpoint.pth"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_full_disk_or_an_interrupt_leaves_no_half_file(tmp_path, monkeypatch, error):
     path = tmp_path / "checkpoint.pth"
-    save_checkpoint(str(path), {"number": 1})
+    checkpoint_of(1).save(str(path))
 
     def half(content, file):
         file.write(b"half of it")
@@ -506,8 +548,8 @@ def test_a_full_disk_or_an_interrupt_leaves_no_half_file(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(type(error)):
-        save_checkpoint(str(path), {"number": 2})
-    assert files(tmp_path) == ["checkpoint.pth"] and load_checkpoint(str(path))["number"] == 1
+        checkpoint_of(2).save(str(path))
+    assert files(tmp_path) == ["checkpoint.pth"] and Checkpoint.load(str(path)).state.epoch == 1
 
 
 # ---- checkpoints: reading ----
@@ -515,7 +557,7 @@ def test_a_full_disk_or_an_interrupt_leaves_no_half_file(tmp_path, monkeypatch, 
 
 def test_a_missing_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match=r"resume: no file .*gone\.pth"):
-        load_checkpoint(str(tmp_path / "gone.pth"))
+        Checkpoint.load(str(tmp_path / "gone.pth"))
 
 
 def cut(whole):
@@ -533,10 +575,10 @@ def overwritten(whole):
 )
 def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
     path = tmp_path / "checkpoint.pth"
-    save_checkpoint(str(path), {"weights": torch.zeros(500), "more": {"a": 1}})
+    checkpoint_of(1).save(str(path))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ConfigError, match=r"checkpoint\.pth is damaged or no checkpoint") as caught:
-        load_checkpoint(str(path))
+        Checkpoint.load(str(path))
     assert "\n" not in str(caught.value)
 
 
@@ -548,13 +590,13 @@ def test_a_file_that_is_not_of_this_script_is_told_to_go_to_weights(tmp_path, co
     with pytest.raises(
         ConfigError, match="is not a checkpoint of this script; to start from its weights use --weights"
     ):
-        load_checkpoint(str(tmp_path / "other.pth"))
+        Checkpoint.load(str(tmp_path / "other.pth"))
 
 
 def test_a_checkpoint_with_python_objects_is_not_unpickled(tmp_path):
     torch.save({"format": 1, "args": SimpleNamespace(lr=0.1)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match="is damaged or no checkpoint"):
-        load_checkpoint(str(tmp_path / "other.pth"))
+        Checkpoint.load(str(tmp_path / "other.pth"))
 
 
 # ---- checkpoints: finding the one to continue from ----
@@ -564,22 +606,41 @@ def settings(folder, *flags):
     return resolve(["--output-dir", str(folder), "--epochs", "5", *map(str, flags)])
 
 
-def leave_checkpoint(folder, path=None, world_size=1, **state):
-    config = settings(folder).as_dict()
-    content = {"config": config, "state": asdict(RunState(**state)), "world_size": world_size}
-    save_checkpoint(str(path or folder / "checkpoint.pth"), content)
+def leave_checkpoint(folder, path=None, **state):
+    checkpoint_of(config=settings(folder).as_dict(), **state).save(str(path or folder / "checkpoint.pth"))
+
+
+def find(config):
+    return find_checkpoint(config, CPU, own=os.path.join(config.output_dir, "checkpoint.pth"))
+
+
+def test_a_setting_that_an_older_checkpoint_does_not_know_has_its_default(tmp_path, capsys):
+    then = settings(tmp_path).as_dict()
+    del then["hflip_prob"], then["random_erase"]
+    checkpoint_of(2, config=then).save(str(tmp_path / "checkpoint.pth"))
+    assert find(settings(tmp_path, "--resume", "auto")).state.epoch == 2
+    with pytest.raises(ConfigError, match=r"has other settings \(hflip_prob 0\.5 -> 0\.25\)"):
+        find(settings(tmp_path, "--resume", "auto", "--hflip-prob", "0.25"))
+
+
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
+    content = checkpoint_of(2).to_dict()
+    for damage in ({"optimiser": {}}, {"state": {"epoch": 1, "minute": 2}}):
+        torch.save(content | damage, tmp_path / "other.pth")
+        with pytest.raises(ConfigError, match=r"other\.pth is of another version of this script"):
+            Checkpoint.load(str(tmp_path / "other.pth"))
 
 
 def test_without_resume_or_without_a_run_it_starts_anew(tmp_path):
-    assert find_checkpoint(settings(tmp_path, "--resume", "auto"), CPU) is None
+    assert find(settings(tmp_path, "--resume", "auto")) is None
     leave_checkpoint(tmp_path, epoch=2)
-    assert find_checkpoint(settings(tmp_path), CPU) is None
+    assert find(settings(tmp_path)) is None
 
 
 def test_the_run_in_the_folder_is_continued(tmp_path):
     leave_checkpoint(tmp_path, epoch=2, best_top1=50.0)
-    state = find_checkpoint(settings(tmp_path, "--resume", "auto", "--workers", "3", "--print-freq", "7"), CPU)["state"]
-    assert (state["epoch"], state["best_top1"]) == (2, 50.0)
+    state = find(settings(tmp_path, "--resume", "auto", "--workers", "3", "--print-freq", "7")).state
+    assert (state.epoch, state.best_top1) == (2, 50.0)
 
 
 @pytest.mark.parametrize("damage", ["garbage", "gone"])
@@ -591,7 +652,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, dam
         newest.unlink()
     else:
         newest.write_bytes(b"half")
-    assert find_checkpoint(settings(tmp_path, "--resume", "auto"), CPU)["state"]["epoch"] == 2
+    assert find(settings(tmp_path, "--resume", "auto")).state.epoch == 2
     assert "continuing from the one before it" in capsys.readouterr().out
 
 
@@ -599,14 +660,14 @@ def test_two_damaged_checkpoints_are_an_error(tmp_path):
     for name in ("checkpoint.pth", "checkpoint_previous.pth"):
         (tmp_path / name).write_bytes(b"half")
     with pytest.raises(ConfigError, match=r"checkpoint_previous\.pth is damaged"):
-        find_checkpoint(settings(tmp_path, "--resume", "auto"), CPU)
+        find(settings(tmp_path, "--resume", "auto"))
 
 
 def test_a_run_is_not_continued_with_other_settings(tmp_path):
     leave_checkpoint(tmp_path, epoch=2)
     config = settings(tmp_path, "--resume", "auto", "--lr", "0.2", "--dropout", "0.3")
     with pytest.raises(ConfigError, match=r"has other settings \(dropout None -> 0\.3, lr 0\.1 -> 0\.2\)"):
-        find_checkpoint(config, CPU)
+        find(config)
 
 
 @pytest.mark.parametrize(("step", "refused"), [(0, False), (7, True)])
@@ -617,16 +678,16 @@ def test_inside_an_epoch_as_many_processes_are_needed(tmp_path, step, refused):
         with pytest.raises(
             ConfigError, match=r"stopped inside an epoch with 2 process\(es\); continue it with as many, not 1"
         ):
-            find_checkpoint(config, CPU)
+            find(config)
     else:
-        assert find_checkpoint(config, CPU)["state"]["epoch"] == 2
+        assert find(config).state.epoch == 2
 
 
 def test_a_file_by_name_starts_a_run_of_its_own(tmp_path, capsys):
     file = tmp_path / "mine.pth"
     leave_checkpoint(tmp_path, file, epoch=2, best_top1=50.0, best_epoch=1)
-    state = find_checkpoint(settings(tmp_path / "new", "--resume", file, "--lr", "0.2"), CPU)["state"]
-    assert (state["epoch"], state["best_top1"], state["best_epoch"]) == (2, -1.0, -1)
+    state = find(settings(tmp_path / "new", "--resume", file, "--lr", "0.2")).state
+    assert (state.epoch, state.best_top1, state.best_epoch) == (2, -1.0, -1)
     assert "lr 0.1 -> 0.2" in capsys.readouterr().out
 
 
@@ -641,7 +702,7 @@ def test_a_file_by_name_that_cannot_be_continued(tmp_path, state, message):
     file = tmp_path / "mine.pth"
     leave_checkpoint(tmp_path, file, **state)
     with pytest.raises(ConfigError, match=message):
-        find_checkpoint(settings(tmp_path / "new", "--resume", file), CPU)
+        find(settings(tmp_path / "new", "--resume", file))
 
 
 # ---- undone ----

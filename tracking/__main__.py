@@ -1,10 +1,10 @@
 """`python -m tracking upload OUTPUT_DIR`: send a run to a ClearML server."""
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 
+from reporting.folder import SUMMARY, RunFolder
 from settings.errors import ConfigError
 from tracking.deadline import abandon, exit_now, watched
 from tracking.report import TaskReport
@@ -20,7 +20,8 @@ def upload(folder: str) -> None:
     Raises:
         ConfigError: no tracked run there, one that still runs, no server, or a task that it does not know.
     """
-    session = Session(folder)
+    run = RunFolder(folder)
+    session = Session(run)
     if session.online is None and session.offline is None:
         raise ConfigError(
             f"upload: no ClearML session in {session.root}; give the output_dir of a run that was tracked"
@@ -31,7 +32,7 @@ def upload(folder: str) -> None:
     if not session.hold():
         raise ConfigError(f"upload: a run or another upload uses {session.root}; wait for its end")
     task_id = import_session(session) if session.offline else session.online
-    task = find_task(task_id)
+    task = find_task(task_id or "")
     if task is None:
         raise ConfigError(
             f"upload: the server does not know task {task_id}; `python train.py --resume auto --output-dir "
@@ -39,13 +40,13 @@ def upload(folder: str) -> None:
         )
     task.mark_started(force=True)
     task.output_uri = upload_uri()
-    report = TaskReport(task, folder, no_files=None)
+    report = TaskReport(task, run, no_files=None)
     report.so_far()
     report.outcome()
     report.artifacts()
     report.models()
     task.flush(wait_for_uploads=True)
-    if os.path.exists(os.path.join(folder, "summary.json")):
+    if run.has(SUMMARY):
         task.mark_completed(force=True)
     else:
         task.mark_stopped(force=True, status_message="stopped early")

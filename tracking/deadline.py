@@ -47,6 +47,7 @@ def exit_now(code: int) -> NoReturn:
     """sys.exit; but not even Python's own end of threads waits for a server that is gone."""
     if abandoned:
         for stream in (sys.__stdout__, sys.__stderr__):
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         os._exit(code)
     sys.exit(code)

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from reporting.folder import read_json, read_metrics, worst_confusions
-from stages import plan_table
+from reporting.folder import BEST, CHECKPOINT, METRICS, REPORT, SUMMARY, RunFolder
+from reporting.records import worst_confusions
+from stages import COLUMNS
 from tracking.server import load_sdk
 
-ARTIFACTS = ("summary.json", "metrics.jsonl", "report.html")
+ARTIFACTS = (SUMMARY, METRICS, REPORT)
 
 MAX_CLASSES = 50  # of a whole confusion matrix; one of 1,000 classes is an event of 6 MB
 
-# A key of metrics.jsonl: the graph and the line it is drawn in.
+# A key of metrics.jsonl: the graph and the line it is drawn in. One graph shows what stages set.
 SCALARS = {
     "loss": ("loss", "train"),
     "val_loss": ("loss", "val"),
@@ -27,11 +28,8 @@ SCALARS = {
     "epoch_seconds": ("epoch_seconds", "train"),
     "data_wait_fraction": ("data_wait_fraction", "train"),
     "gpu_memory_gib": ("gpu_memory_gib", "peak"),
+    **{name: ("stage", name) for name in COLUMNS},
 }
-STAGE_SCALARS = (
-    "image_size", "ra_magnitude", "mixup_alpha", "cutmix_alpha", "dropout", "stochastic_depth_prob", "random_erase",
-    "batch_size",
-)  # fmt: skip
 SINGLE_VALUES = (
     "best_top1", "best_epoch", "top1", "top1_ema", "train_hours", "images_per_second", "speedup_over_fixed_size",
     "relative_cost", "parameters",
@@ -45,33 +43,29 @@ class TaskReport:
     no_files: why the server takes no files now, None if it does
     """
 
-    def __init__(self, task: Any, folder: str, no_files: str | None):
+    def __init__(self, task: Any, folder: RunFolder, no_files: str | None):
         self.task = task
         self.folder = folder
         self.no_files = no_files
         self.logger = task.get_logger()
-        self.plan = read_json(self.path("report/plan.json"))
-        self.classes = self.plan["classes"]
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+        self.plan = folder.plan()
+        self.classes = folder.classes()
 
     def so_far(self) -> None:
         """The stages, what augmentation does in them, and the epochs there are."""
-        heads, rows = plan_table(self.plan)
+        heads, rows = self.plan.table()
         self.logger.report_table("plan", "stages", iteration=0, table_plot=[heads, *rows])
-        for stage in self.plan["stages"]:
-            picture = self.path(f"report/stage_{stage['index']}.png")
+        for stage in self.plan.stages:
+            picture = self.folder.picture(stage.index)
             if os.path.exists(picture) and self.no_files is None:  # the SDK would hold up all else
-                series = f"stage {stage['index']}, {stage['image_size']} px"
-                self.logger.report_image("training images", series, stage["first_epoch"], local_path=picture)
-        for record in read_metrics(self.folder):
+                series = f"stage {stage.index}, {stage.image_size} px"
+                self.logger.report_image("training images", series, stage.epochs.start, local_path=picture)
+        for record in self.folder.metrics():
             self.epoch(record)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl; the epoch, counted from 0, is the iteration."""
-        graph_of = SCALARS | {name: ("stage", name) for name in STAGE_SCALARS}
-        for name, (title, series) in graph_of.items():
+        for name, (title, series) in SCALARS.items():
             value = record.get(name)
             if value is not None and math.isfinite(value):  # the SDK would send 0 for what is not finite
                 self.logger.report_scalar(title, series, value, record["epoch"])
@@ -99,10 +93,10 @@ class TaskReport:
     def outcome(self) -> None:
         """What the best and the last weights confuse, and a finished run's figures."""
         for series in ("best", "last"):
-            found = read_json(self.path(f"report/confusion_{series}.json"))
+            found = self.folder.confusion(series)
             if found is not None:
-                self.confusion(series, found["epoch"], np.array(found["confusion"]))
-        summary = read_json(self.path("summary.json"))
+                self.confusion(series, *found)
+        summary = self.folder.summary()
         if summary is not None:
             figures = summary | {"train_hours": summary["train_seconds"] / 3600}
             for name in SINGLE_VALUES:
@@ -111,20 +105,20 @@ class TaskReport:
 
     def artifacts(self) -> None:
         for name in ARTIFACTS:
-            if os.path.exists(self.path(name)):
-                self.task.upload_artifact(name, artifact_object=self.path(name), wait_on_upload=True)
+            if self.folder.has(name):
+                self.task.upload_artifact(name, artifact_object=self.folder.at(name), wait_on_upload=True)
 
     def models(self) -> None:
         """Upload the best and the last weights, and register them. Waits for it; a server is needed."""
-        records = read_metrics(self.folder)
-        best = read_json(self.path("report/confusion_best.json"))
+        records = self.folder.metrics()
+        best = self.folder.confusion("best")
         if best is not None:
-            self.model("best", "model_best.pth", best["epoch"], "weights under torchvision's names")
+            self.model("best", BEST, best[0], "weights under torchvision's names")
         if records:
-            self.model("last", "checkpoint.pth", records[-1]["epoch"], "everything that --resume continues from")
+            self.model("last", CHECKPOINT, records[-1]["epoch"], "everything that --resume continues from")
 
     def model(self, name: str, file: str, epoch: int, comment: str) -> None:
-        if not os.path.exists(self.path(file)):
+        if not self.folder.has(file):
             return
         title = f"{self.task.name} {name}"
         known = {model.name: model.id for model in self.task.models["output"]}
@@ -134,5 +128,5 @@ class TaskReport:
             comment=f"epoch {epoch}: {comment}",
         )  # fmt: skip
         model.update_weights(
-            weights_filename=self.path(file), iteration=epoch, auto_delete_file=False, async_enable=False
+            weights_filename=self.folder.at(file), iteration=epoch, auto_delete_file=False, async_enable=False
         )

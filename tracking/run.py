@@ -1,10 +1,10 @@
-"""ClearML: a run as a task on a server, or offline in OUTPUT_DIR/clearml/ until `upload` takes it there.
+"""ClearML as a run's dashboard: a task on a server, or a session in OUTPUT_DIR/clearml/.
 
-    python -m tracking upload OUTPUT_DIR
-
-The only file that imports ClearML, and only where a run is tracked. Training never waits for the server:
-scalars and plots go into the SDK's queue; beginning and ending are watched. What is in the run's folder is
-the truth; reporting an epoch again replaces it, so a resumed or uploaded run is reported whole.
+Which thread does what: the main thread trains, and hands scalars and plots to the SDK, whose own threads send them
+from a queue; it never waits for the server. Making the task and ending it need answers, so each happens in a thread of
+ours, while the main thread waits and asks every few seconds whether the server is still there (`deadline.watched`). If
+it is not, that thread is abandoned, and the program's last line is `deadline.exit_now`, which does not wait for it.
+An Abort in the dashboard calls `abort` in a thread of the SDK's, which blocks it until training has saved.
 """
 
 import importlib.metadata
@@ -14,13 +14,14 @@ import re
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
-from reporting.log import Dashboard, RunLog
+from reporting.folder import CLEARML, RunFolder
+from reporting.log import Dashboard
 from settings.errors import ConfigError
 from settings.table import Config
 from tracking.deadline import abandon, never_fatal, watched
@@ -67,7 +68,7 @@ class ClearML(Dashboard):
     """
 
     def __init__(self, config: Config, offline_because: str | None):
-        self.folder = config.output_dir
+        self.folder = RunFolder(config.output_dir)
         self.offline_because = offline_because
         self.session = Session(self.folder)
         self.report: TaskReport | None = None  # none before the start, and where that failed
@@ -75,7 +76,7 @@ class ClearML(Dashboard):
         self.closed = threading.Event()
         self.best_due = 0.0
 
-    def start(self, log: RunLog, config: Config) -> None:
+    def start(self, config: Config) -> None:
         made: list[TaskReport] = []
 
         def begin() -> None:
@@ -87,11 +88,12 @@ class ClearML(Dashboard):
         elif made:
             self.report = made[0]
             if self.offline_because is not None:
-                print(
-                    f"ClearML: offline, {self.offline_because}; the session lies in {os.path.join(self.folder, 'clearml')}, "
-                    f"`{upload_command(self.folder)}` sends it to a server",
-                    flush=True,
-                )
+                lies = f"the session lies in {self.folder.at(CLEARML)}, `{self.upload_command}` sends it to a server"
+                print(f"ClearML: offline, {self.offline_because}; {lies}", flush=True)
+
+    @property
+    def upload_command(self) -> str:
+        return f"python -m tracking upload {shlex.quote(self.folder.path)}"
 
     def begin(self, config: Config) -> TaskReport:
         """Make or continue the task, and tell it all there is. Not in the main thread: only that one can set handlers
@@ -107,14 +109,14 @@ class ClearML(Dashboard):
             no_files = why_no_files()
             if no_files is not None:
                 line = f"pictures, artifacts and weights are not sent, {no_files}"
-                print(f"ClearML: {line}; `{upload_command(self.folder)}` sends them later", flush=True)
+                print(f"ClearML: {line}; `{self.upload_command}` sends them later", flush=True)
             continued = import_session(session) if session.offline else session.online
         else:
             os.environ["CLEARML_CACHE_DIR"] = session.root
             Task = load_sdk().Task
             Task.set_offline(True)
             continued = session.offline
-        name = config.clearml_task or os.path.basename(os.path.abspath(self.folder))
+        name = config.clearml_task or os.path.basename(os.path.abspath(self.folder.path))
         if len(name) < SHORTEST_NAME:
             name = f"{config.model} {name}"
         Task.set_random_seed(None)  # or the SDK seeds Python, numpy and torch
@@ -156,7 +158,7 @@ class ClearML(Dashboard):
             with never_fatal("confusions are not reported"):
                 self.report.confusion("best", epoch, confusion.numpy())
 
-    def finish(self, summary: Mapping[str, Any], confusion: Tensor) -> None:
+    def finish(self) -> None:
         self.finished = True
 
     def abort(self) -> None:
@@ -168,7 +170,7 @@ class ClearML(Dashboard):
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         message = " ".join(str(error).split()) if error is not None else ""
         report = self.report
-        left = f"all of the run is in {self.folder}, `{upload_command(self.folder)}` sends the rest"
+        left = f"all of the run is in {self.folder.path}, `{self.upload_command}` sends the rest"
         try:
             if report is None:
                 if error is not None and on_agent():
@@ -192,7 +194,7 @@ class ClearML(Dashboard):
             if online:  # offline the SDK cannot register a model; `upload` does
                 parts.append(report.models)
         for part in parts:
-            with never_fatal(f"{part.__name__} not sent, `{upload_command(self.folder)}` does it later"):
+            with never_fatal(f"{part.__name__} not sent, `{self.upload_command}` does it later"):
                 part()
         with never_fatal("the task is not closed"):
             if type(error).__name__ == "NonFiniteLoss":
@@ -214,18 +216,14 @@ class ClearML(Dashboard):
         return watched(work, limit, lambda: why_no_server() or (takes_files and why_no_files()))
 
 
-def upload_command(folder: str) -> str:
-    return f"python -m tracking upload {shlex.quote(folder)}"
-
-
 def requirements() -> Iterator[tuple[str, str]]:
     """The packages of requirements.txt, and their versions here: what an agent installs."""
     with open(os.path.join(ROOT, "requirements.txt"), encoding="utf-8") as file:
         for line in file:
-            name = re.match(r"[\w-]*", line)[0]
+            name = re.match(r"[\w-]+", line)
             if name:
                 with suppress(importlib.metadata.PackageNotFoundError):  # another way to have it
-                    yield name, importlib.metadata.version(name)
+                    yield name[0], importlib.metadata.version(name[0])
 
 
 def upload_uri() -> str | bool:

@@ -48,8 +48,11 @@ def why_no_server(timeout: float = PROBE_SECONDS) -> str | None:
     if not token and not (key and secret):
         return "no ClearML server is configured here"
     host = Session.get_api_server_host()
-    address = (f"{host}/debug.ping", None) if token else (f"{host}/auth.login", (key, secret))
-    status = ask(*address, timeout)
+    status = (
+        ask(f"{host}/debug.ping", None, timeout)
+        if token
+        else ask(f"{host}/auth.login", (str(key), str(secret)), timeout)
+    )
     if status == 200:
         return None
     if isinstance(status, str):

@@ -5,7 +5,7 @@ import os
 import shutil
 from typing import Any
 
-from reporting.folder import read_json
+from reporting.folder import CLEARML, TASK, RunFolder
 from tracking.server import find_task, load_sdk
 
 
@@ -15,11 +15,11 @@ class Session:
     online, offline: ids, or None
     """
 
-    def __init__(self, folder: str):
-        self.root = os.path.join(os.path.abspath(folder), "clearml")
-        self.file = os.path.join(self.root, "task.json")
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self.root = os.path.abspath(folder.at(CLEARML))
         try:
-            known = read_json(self.file)
+            known = folder.read_json(TASK)
         except (OSError, ValueError):
             known = None  # damaged: a new task gets the whole run
         known = known if isinstance(known, dict) else {}
@@ -55,9 +55,7 @@ class Session:
         self.write()
 
     def write(self) -> None:
-        with open(self.file + ".tmp", "w", encoding="utf-8") as file:
-            json.dump({"online": self.online, "offline": self.offline}, file)
-        os.replace(self.file + ".tmp", self.file)
+        self.folder.write(TASK, json.dumps({"online": self.online, "offline": self.offline}))
 
     def drop_offline(self) -> None:
         shutil.rmtree(os.path.join(self.root, "offline"), ignore_errors=True)
@@ -77,7 +75,7 @@ def import_session(session: Session) -> str:
     for name in ("metrics.jsonl", "log.jsonl"):
         drop_half_line(os.path.join(session.offline_folder, name))
 
-    class Importer(Task):
+    class Importer(Task):  # type: ignore[misc, valid-type]
         @classmethod
         def import_task(cls, *args: Any, **kwargs: Any) -> Any:
             task = find_task(session.online) if session.online else None

@@ -61,12 +61,13 @@ def settings_of(task: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         base = yaml.safe_load(body)
     changed = {}
     for name, text in ((task.get_parameters_as_dict() or {}).get(SECTION) or {}).items():
-        known = base is not None and name in base
+        made_with = {} if base is None else base
+        known = name in made_with
         if name not in SETTINGS or name in NOT_SETTINGS:
             changed[name] = text  # `settings.resolve` says what is wrong with it
-        elif not known or text != as_text(base[name]):
+        elif not known or text != as_text(made_with[name]):
             changed[name] = from_text(name, str(text))
-            if known and changed[name] == base[name]:  # the same in other words
+            if known and changed[name] == made_with[name]:  # the same in other words
                 del changed[name]
     return base, changed
 
