@@ -11,12 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import PIL
+import psutil
 import torch
 import torchvision
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -230,48 +231,25 @@ def ratio(rounds: Sequence[Measures], base: Sequence[Measures], key: str) -> flo
 # ---- processor time and memory ----
 
 
-def stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on (proc(5)); none if the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def below(pid: int) -> list[int]:
-    """The processes that `pid` has started, and theirs."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (fields := stat(int(entry))):
-            children.setdefault(int(fields[1]), []).append(int(entry))
-    found = [pid]
-    for process in found:  # grows while it is read
-        found += children.get(process, [])
-    return found[1:]
-
-
 def workers_cpu_seconds() -> float:
-    """User and system time so far of all processes below this one, live and ended.
-
-    getrusage knows the ended ones alone; a live one's stands in /proc, in ticks of 10 ms.
-    """
-    ticks = sum(sum(map(int, fields[11:15])) for pid in below(os.getpid()) if (fields := stat(pid)))
-    ended = os.times()
-    return ticks / os.sysconf("SC_CLK_TCK") + ended.children_user + ended.children_system
+    """User and system time so far of all processes below this one, live and ended."""
+    seconds = os.times().children_user + os.times().children_system
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
+            seconds += sum(process.cpu_times()[:4])  # its own and of those it has seen the end of
+    return seconds
 
 
 def cpu_seconds(workers: int) -> float | None:
     """User and system time so far of this process and all below it; None where the system does not tell."""
     if workers == 0:
         return time.process_time()
-    return time.process_time() + workers_cpu_seconds() if os.path.exists("/proc/self/stat") else None
+    return time.process_time() + workers_cpu_seconds() if os.name == "posix" else None
 
 
 def settle(seconds: float = 10.0) -> None:
     """Wait until the processes below this one have nothing left to do. Loaders read ahead; without this, one
     way's reading would run into the next way's turn."""
-    if not os.path.exists("/proc/self/stat"):
-        return
     deadline, before = time.monotonic() + seconds, workers_cpu_seconds()
     while time.monotonic() < deadline:
         time.sleep(0.1)
@@ -284,25 +262,12 @@ def settle(seconds: float = 10.0) -> None:
 def resident_bytes(pid: int) -> int:
     """Memory that `pid` and all below it hold, pages they share counted once; 0 where the system does not tell."""
     total = 0
-    for process in [pid, *below(pid)]:
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:  # ended meanwhile
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    with suppress(psutil.NoSuchProcess):
+        whole = psutil.Process(pid)
+        for process in [whole, *whole.children(recursive=True)]:
+            with suppress(psutil.Error, AttributeError):  # ended meanwhile; a system that does not count shared pages
+                total += process.memory_full_info().pss
     return total
-
-
-def own_peak_gib() -> float | None:
-    """Most memory this process has held so far, GiB; None where the system does not tell.
-
-    Not getrusage's ru_maxrss: that one begins with what the parent held when it started this process.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:"))
 
 
 def fresh_process(function: Callable[..., Any], *args: Any, watch: bool = False) -> tuple[Any, float | None]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from learning.learner import Learner, build_learner
 from learning.optim import learning_rate_schedule
 from learning.state import RunState
+from reporting import records
 from reporting.progress import Progress
 from settings.resolve import resolve
 from settings.table import Config
@@ -170,7 +171,7 @@ def peak_memory(flags: Sequence[str], num_classes: int, steps: int) -> list[floa
         batches = ResidentBatches(stage.image_size, stage.batch_size, steps, num_classes, runtime)
         train_epoch(config, stage, learner, batches)
         peak = runtime.peak_memory_gib()
-        peaks.append(common.own_peak_gib() if peak is None else peak)
+        peaks.append(records.host_memory_gib() if peak is None else peak)
     return peaks
 
 

@@ -42,6 +42,10 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
         ("images", ".data", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("images/s", "images_per_second", "{:,.0f}"),
         ("waiting", "data_wait_fraction", "{:.1%}"), ("share of the ceiling", "share_of_ceiling", "{:.2f}"), ("times the reference", "times_reference", "{:.2f}"),
     )),
+    "overhead": ("overhead", ("ours", "bare"), (
+        ("model", ".model", "{}"), ("images", ".images", "{:,}"), ("way", "way", "{}"), ("an epoch, CPU s", "cpu_seconds_per_epoch", "{:.1f}"),
+        ("fixed, CPU s", "fixed_cpu_seconds", "{:.1f}"), ("times the bare loop's", "times_bare", "{:.2f}"),
+    )),
     "progressive": ("progressive", ("staged", "fixed"), (
         ("images", ".data", "{}"), ("sizes, px", ".image_size", "{}"), ("epochs", ".epochs", "{}"), ("way", "way", "{}"), ("training, s", "train_seconds", "{:.0f}"),
         ("relative cost", "relative_cost", "{:.3f}"), ("time ratio", "time_ratio", "{:.3f}"), ("over relative cost", "times_relative_cost", "{:.3f}"),

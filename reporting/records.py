@@ -103,13 +103,7 @@ def summarise(
         "processes": learner.runtime.world_size,
         "seed": config.seed,
         "commit": commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "cuda": torch.version.cuda if learner.runtime.device.type == "cuda" else None,
-            "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        },
+        "versions": versions(learner.runtime),
     }
 
 
@@ -130,6 +124,16 @@ def worst_confusions(matrix: np.ndarray, classes: Sequence[str], most: int = 20)
     return [(classes[i // len(classes)], classes[i % len(classes)], int(wrong.flat[i])) for i in order if wrong.flat[i]]
 
 
+def versions(runtime: Runtime) -> dict[str, str | None]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda if runtime.device.type == "cuda" else None,
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
 def device_name(runtime: Runtime) -> str:
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_name(runtime.device)
@@ -138,7 +142,8 @@ def device_name(runtime: Runtime) -> str:
 
 def host_memory_gib() -> float | None:
     """Most memory the training process has held, GiB, workers left out; None where the system does not count it."""
-    if os.path.exists("/proc/self/status"):  # Linux's getrusage begins at the peak of the program that started this one
+    # psutil has no peak on Linux, whose getrusage begins at that of the program that started this one.
+    if os.path.exists("/proc/self/status"):
         with open("/proc/self/status", encoding="ascii") as file:
             return next((int(line.split()[1]) / 2**20 for line in file if line.startswith("VmHWM:")), None)
     try:

@@ -13,8 +13,8 @@ from conftest import ROOT, make_tree
 from PIL import Image
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the program's own modules
-common, loader, step, end_to_end, progressive, tables = map(
-    importlib.import_module, ["common", "loader", "step", "end_to_end", "progressive", "tables"]
+common, loader, step, end_to_end, progressive, overhead, tables = map(
+    importlib.import_module, ["common", "loader", "step", "end_to_end", "progressive", "overhead", "tables"]
 )
 
 linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's /proc")
@@ -116,7 +116,29 @@ def test_progressive(tmp_path):
     assert staged["times_relative_cost"] == pytest.approx(staged["time_ratio"] / staged["relative_cost"])
 
 
-@pytest.mark.parametrize("script", [loader, step, end_to_end, progressive])
+def test_overhead(tmp_path):
+    tree, file = make_tree(tmp_path / "images"), tmp_path / "rows.json"
+    ours, bare = rows_of(overhead, *SMALL, "--data", tree, "--json", file, "--images", 12, "--workers", 0)
+    assert_origin(ours, "overhead")
+    for row in (ours, bare):
+        assert row["cpu_seconds_per_epoch"] == pytest.approx((row["three_epochs"] - row["one_epoch"]) / 2)
+        assert row["fixed_cpu_seconds"] == pytest.approx(row["one_epoch"] - row["cpu_seconds_per_epoch"])
+    assert (ours["way"], bare["way"], bare["times_bare"]) == ("ours", "bare", 1)
+    assert ours["fixed_cpu_seconds"] > 0.5 < bare["fixed_cpu_seconds"]  # importing torch
+
+
+def test_links_to_images_again_where_there_are_too_few(tmp_path):
+    tree = make_tree(tmp_path / "images", splits=[("train", 3)])
+    overhead.link(str(tree), tmp_path / "linked", 20)
+    # every fifth of 20 for validation; two classes in turn by groups of five
+    counts = {
+        str(f.relative_to(tmp_path / "linked")): len(list(f.iterdir())) for f in (tmp_path / "linked").glob("*/*")
+    }
+    assert counts == {"train/0": 8, "train/1": 8, "val/0": 2, "val/1": 2}
+    assert len({f.resolve() for f in (tmp_path / "linked").rglob("*.png")}) == 6
+
+
+@pytest.mark.parametrize("script", [loader, step, end_to_end, progressive, overhead])
 def test_help_says_what_and_how_long(script, capsys):
     with pytest.raises(SystemExit) as end:
         script.read_options(["--help"])
