@@ -2,14 +2,13 @@
 
 import base64
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
 
 from reporting.folder import RunFolder
 from reporting.records import stage_speed, worst_confusions
-from settings.table import SCHEDULES
 from stages import COLUMNS, Plan
 
 MAX_CLASSES_IN_MATRIX = 30  # more cannot be read; then the page lists the worst confusions
@@ -59,10 +58,10 @@ def draw(settings: Mapping[str, Any], plan: Plan, records: Sequence[Mapping[str,
         ("accuracy, %", {"top1": (colours["model"], "top-1"), "top1_ema": (colours["ema"], "top-1 EMA")}),
         ("loss", {"loss": (colours["train"], "training"), "val_loss": (colours["model"], "validation")}),
     ]
-    grown = [
-        *((axis, settings_on(axis, settings, figures.LINES)) for axis in axes()),
-        ("learning rate", {"lr": (colours["train"], "lr")}),
-    ]
+    used = {name for name in COLUMNS if any(record.get(name) for record in records)}  # not off throughout
+    grown = [(axis, settings_on(axis, used, settings, figures.LINES)) for axis in axes()]
+    grown = [(axis, lines) for axis, lines in grown if lines]
+    grown.append(("learning rate", {"lr": (colours["train"], "lr")}))
     seen = {record["stage"] for record in records}
     speeds = [(stage, stage_speed(records, stage.index)[1]) for stage in plan.stages if stage.index in seen]
     pairs = [grown[i : i + 2] for i in range(0, len(grown), 2)]
@@ -78,11 +77,15 @@ def axes() -> list[str]:
     return list(dict.fromkeys(schedule.axis for schedule in COLUMNS.values() if schedule.axis))
 
 
-def settings_on(axis: str, settings: Mapping[str, Any], colours: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Give colour and label of each scheduled setting on a graph, by its key in the records."""
-    there = [schedule for schedule in COLUMNS.values() if schedule.axis == axis]
-    scale = f", {settings['ra_scale']} scale" if there == [SCHEDULES["ra_magnitude"]] else ""
-    return {schedule.field: (colours[i % len(colours)], schedule.heading + scale) for i, schedule in enumerate(there)}
+def settings_on(
+    axis: str, used: Collection[str], settings: Mapping[str, Any], colours: Sequence[str]
+) -> dict[str, tuple[str, str]]:
+    """Choose colour and label of each scheduled setting that is `used`, by its key in the records, for one graph."""
+    there = {name: schedule for name, schedule in COLUMNS.items() if schedule.axis == axis and name in used}
+    scale = f", {settings['ra_scale']} scale" if "ra_magnitude" in there else ""
+    return {
+        name: (colours[i % len(colours)], schedule.heading + scale) for i, (name, schedule) in enumerate(there.items())
+    }
 
 
 def as_data(path: str) -> str | None:
@@ -105,12 +108,14 @@ def stage_table(plan: Plan, records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def accuracy_table(summary: Mapping[str, Any]) -> Table:
+    """Tabulate the closing evaluations, a row for each size."""
     rows = []
     for moment in ("final", "best"):
-        for place, title in PLACES.items():
-            score = summary[moment][place]
-            figures = (number(score.get(name)) for name in ("top1", "top5", "top1_ema"))
-            rows.append([moment, f"{title}: {score['image_size']} px", *figures])
+        scores = summary[moment]
+        for size in dict.fromkeys(scores[place]["image_size"] for place in PLACES):
+            places = [place for place in PLACES if scores[place]["image_size"] == size]
+            figures = (number(scores[places[0]].get(name)) for name in ("top1", "top5", "top1_ema"))
+            rows.append([moment, f"{size} px: {', '.join(PLACES[place] for place in places)}", *figures])
     return ["weights", "evaluated at", "top-1 %", "top-5 %", "top-1 EMA %"], rows
 
 

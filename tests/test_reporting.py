@@ -1,0 +1,165 @@
+"""What a run leaves to be looked at: its folder, the page, and evaluations that are not made twice."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, make_tree, metrics
+
+import train
+from images.loaders import EvalImages
+from reporting.folder import RunFolder
+from reporting.page import report_page
+from settings.resolve import resolve
+from stages import Plan, Stage, plan_stages
+from train import run
+
+STAGES = ["--stages", "2", "--epochs", "2", "--train-crop-size", "32", "48", "--model-ema", "--model-ema-steps", "1"]
+
+
+def start(tree, out, *flags):
+    return run([*SMALL, *STAGES, "--data-path", str(tree), "--output-dir", str(out), *map(str, flags)])
+
+
+# ---- the page ----
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a run of two stages, one epoch each, that has not finished."""
+    kept = RunFolder(str(tmp_path / "run"))
+    config = resolve([*SMALL, *STAGES, "--dropout", "0.1", "0.4"])
+    stages = plan_stages(config)
+    kept.write_settings(config.as_dict() | {"data_path": "photos/<b>mine</b>"})
+    kept.write_plan(Plan(stages, [0.25, 0.75]), ["<script>alert(1)</script>", "bee & co"])
+    kept.write_metrics([
+        {"epoch": i, "stage": i, "lr": 0.1, "loss": 1.0, "val_loss": None, "top1": 50.0, "top1_ema": None,
+         "images_per_second": 10.0, "epoch_seconds": 2.0} | stages[i].settings()
+        for i in range(2)
+    ])  # fmt: skip
+    return kept
+
+
+def test_other_people_s_text_is_text(folder):
+    page = report_page(folder)
+    assert "photos/&lt;b&gt;mine" in page and "<b>mine" not in page
+    folder.write_summary(json.loads(SUMMARY))
+    folder.write_confusion("best", 1, torch.tensor([[3, 1], [0, 4]]))
+    page = report_page(folder)
+    assert "alert(1)" in page and "<script" not in page and "bee &amp; co" in page
+
+
+def test_what_is_off_throughout_has_no_graph(folder):
+    page = report_page(folder)
+    # accuracy with loss, size with the probabilities, the learning rate, speed
+    assert page.count("<svg") == 4
+    assert (
+        "probability, alpha" in page
+        and "RandAugment magnitude" not in page
+        and ">erase<" not in page.split("What grows")[1]
+    )
+
+
+def test_a_row_of_the_stages_has_the_plan_and_what_came_of_it(folder):
+    table = report_page(folder).split("</table>")[0]
+    cells = [row.split("</td>") for row in table.split("<tr>")[2:]]
+    texts = [[cell.rpartition(">")[2] for cell in row[:-1]] for row in cells]
+    # stage, epochs, size, RandAugment, mixup, cutmix, dropout, depth, erase, batch, GFLOPs, seconds, images/s, top-1, EMA
+    assert " ".join(texts[1]) == "1 2-2 48 off off off 0.4 model&#39;s off 8 0.75 2 10 50 –"
+    assert "0.667" in report_page(folder)  # of the arithmetic: (0.25 + 0.75) / (2 * 0.75)
+
+
+def test_closing_evaluations_at_one_size_are_one_row(folder):
+    folder.write_summary(json.loads(SUMMARY))
+    page = report_page(folder)
+    assert "48 px: its stage&#39;s size, last training size</td>" in page and "64 px: test size</td>" in page
+
+
+SUMMARY = json.dumps({
+    "best_top1": 75.0, "top1": 70.0, "train_seconds": 4.0, "parameters": 1000, "device": "cpu", "commit": None, "seed": 0,
+    "versions": {"torch": "2"}, "best": {"weights": "model"} | {place: {"image_size": size, "top1": 1.0, "top5": 2.0} for place, size in (("stage_size", 48), ("last_training_size", 48), ("test_size", 64))},
+    "final": {place: {"image_size": size, "top1": 1.0, "top5": 2.0} for place, size in (("stage_size", 48), ("last_training_size", 48), ("test_size", 64))},
+})  # fmt: skip
+
+
+# ---- the folder ----
+
+
+def test_a_plan_of_an_older_version_reads_what_it_knows():
+    stage = Stage(index=0, epochs=range(3), image_size=32, ra_magnitude=None, mixup_alpha=0.0, cutmix_alpha=0.0, dropout=None, stochastic_depth_prob=None, random_erase=0.0, batch_size=8)  # fmt: skip
+    content = Plan([stage], [0.5]).as_dict()
+    assert Plan.from_dict(json.loads(json.dumps(content))) == Plan([stage], [0.5])
+    del content["stages"][0]["cutmix_alpha"]
+    assert Plan.from_dict(content).stages[0].cutmix_alpha is None
+
+
+def test_counts_and_lines_read_back(tmp_path):
+    folder = RunFolder(str(tmp_path / "run"))
+    assert folder.metrics() == [] and folder.summary() is None and folder.confusion("best") is None
+    folder.write_confusion("last", 7, torch.tensor([[3, 1], [0, 4]]))
+    epoch, counts = folder.confusion("last")
+    assert epoch == 7 and np.array_equal(counts, [[3, 1], [0, 4]])
+    folder.write_metrics([{"epoch": 0}])
+    folder.add_metrics({"epoch": 1})
+    with open(folder.at("metrics.jsonl"), "a") as file:
+        file.write('{"epoch": 2, "lo')  # cut short by a crash
+    assert folder.metrics() == [{"epoch": 0}, {"epoch": 1}]
+    assert folder.held() == ["metrics.jsonl", "report/confusion_last.json"]
+    folder.clear()
+    assert folder.held() == []
+
+
+# ---- nothing is evaluated twice ----
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Sizes of the validation images that were loaded, one entry an image."""
+    sizes, get = [], EvalImages.__getitem__
+
+    def counting(self, index):
+        image, target = get(self, index)
+        sizes.append(image.shape[-1])
+        return image, target
+
+    monkeypatch.setattr(EvalImages, "__getitem__", counting)
+    return sizes
+
+
+def test_model_and_average_share_a_pass_and_the_last_epoch_s_scores_stay(tmp_path, evaluated):
+    tree = make_tree(tmp_path / "images")  # ten images of validation
+    assert start(tree, tmp_path / "run", "--train-crop-size", "32") == 0
+    assert evaluated == 2 * 10 * [32]  # after each of two epochs, at the one size there is
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    last = metrics(tmp_path / "run")[-1]
+    assert (summary["top1"], summary["top1_ema"]) == (last["top1"], last["top1_ema"])
+    assert summary["best"]["test_size"]["top1"] == summary["best_top1"]
+
+
+def test_other_sizes_are_evaluated_once_each(tmp_path, evaluated):
+    tree = make_tree(tmp_path / "images")
+    flags = ["--val-resize-size", "24", "--val-crop-size", "24"]
+    assert start(tree, tmp_path / "run", *flags) == 0
+    best = json.loads((tmp_path / "run" / "summary.json").read_text())["best"]["stage_size"]["image_size"]
+    assert evaluated[:20] == 20 * [24]
+    assert sorted(evaluated[20:]) == (10 * [32] if best == 32 else []) + 10 * [48]  # final and best weights in a pass
+
+
+def test_a_run_that_died_before_its_closing_evaluations_ends_the_same(tmp_path, monkeypatch, evaluated):
+    tree = make_tree(tmp_path / "images")
+    assert start(tree, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+
+        def die(*args):
+            raise MemoryError
+
+        patch.setattr(train, "evaluate_outcome", die)
+        with pytest.raises(MemoryError):
+            start(tree, tmp_path / "cut")
+    del evaluated[:]
+    assert start(tree, tmp_path / "cut", "--resume", "auto") == 0
+    assert len(evaluated) >= 10  # nothing was known any more
+    ours, theirs = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("cut", "whole"))
+    for part in ("final", "best", "top1", "top1_ema", "best_epoch"):
+        assert ours[part] == theirs[part]
