@@ -1,0 +1,34 @@
+"""Images made for tests, and transforms under a seed."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pil_to_tensor
+
+BILINEAR = InterpolationMode.BILINEAR
+
+
+def noise(width, height):
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def plain_colour(colour, size=(20, 20)):
+    return Image.new("RGB", size, colour)
+
+
+def black_and_white(width, height):
+    """The left half black, the right half white."""
+    image = plain_colour((0, 0, 0), (width, height))
+    image.paste((255, 255, 255), (width // 2, 0, width, height))
+    return image
+
+
+def as_tensor(image):
+    return image if isinstance(image, torch.Tensor) else pil_to_tensor(image)
+
+
+def seeded(seed, transform, image):
+    torch.manual_seed(seed)
+    return as_tensor(transform(image))
