@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -102,6 +103,19 @@ def test_every_config_loads_and_says_what_to_expect(path):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert len(head) >= 2
     assert "QUICKSTART" not in path.read_text()
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--lr", "fast"], ["--droput", "0.1"], ["--config", "none.yaml"], []])
+def test_help_and_mistakes_are_told_without_torch(argv):
+    """Importing it takes seconds."""
+    code = (
+        "import sys\nfrom settings import early\n"
+        "try:\n    early.answer(sys.argv[1:])\n"
+        "finally:\n    assert not {'torch', 'numpy', 'torchvision'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == (2 if argv and argv != ["--help"] else 0) and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == (done.returncode == 2)
 
 
 WRONG_YAML = [
