@@ -206,6 +206,11 @@ class Task:
         }
 
     @property
+    def output_models(self):
+        """{name of the model: its document}"""
+        return {model["name"]: model for model in self.models["output"].values()}
+
+    @property
     def console(self):
         """What the run printed, with the SDK's own lines."""
         return "\n".join(str(event.get("msg", "")) for event in list(self.log))
@@ -1012,6 +1017,10 @@ class ClearMLServer:
     def file(self, url):
         """The bytes behind an address on this server, of a model, artifact or image."""
         return self.files[unquote(urlsplit(url).path).strip("/")]
+
+    def only_task(self):
+        (task,) = self.tasks.values()
+        return task
 
     def wait_for(self, condition, timeout=30.0):
         """The first true value of `condition()`; AssertionError after `timeout` seconds."""

@@ -1,0 +1,180 @@
+"""How runs stop and go on: with the same bits where nothing was asked to change."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+from runs import STAGED, STRONG, assert_same_bits, checkpoint, make_tree, metrics, start
+
+import train
+from learning.learner import Learner
+from train import run
+from utils import Stop
+
+
+def cut(monkeypatch, at_call):
+    """Send SIGTERM to the run when it asks for the `at_call`-th time whether to stop."""
+    calls, ask = [0], Stop.__call__
+
+    def counting(self, step=0):
+        calls[0] += 1
+        if calls[0] == at_call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(self, step)
+
+    monkeypatch.setattr(Stop, "__call__", counting)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of four stages, eight epochs of three steps, left whole: everything on that draws or remembers."""
+    folder = tmp_path_factory.mktemp("whole")
+    tree = make_tree(folder / "images")
+    assert start(tree, folder / "run", *STAGED, *STRONG) == 0
+    return folder / "run", tree
+
+
+# Calls: three steps and an end per epoch. 10: epoch 3, its second step. 8: the end of epoch 1, which ends
+# stage 0. 13: the first step of stage 2.
+@pytest.mark.parametrize(
+    ("at_call", "workers", "left"), [(10, 0, (2, 2)), (10, 2, (2, 2)), (8, 0, (2, 0)), (17, 0, (4, 1))]
+)
+def test_a_run_cut_and_resumed_ends_with_the_same_bits(whole, tmp_path, monkeypatch, at_call, workers, left):
+    folder, tree = whole
+    out, flags = tmp_path / "cut", [*STAGED, *STRONG, "--workers", workers]
+    with monkeypatch.context() as patch:
+        cut(patch, at_call)
+        assert start(tree, out, *flags) == 3
+    state = checkpoint(out)["state"]
+    assert (state["epoch"], state["step"]) == left
+    assert start(tree, out, *flags, "--resume", "auto") == 0
+    ours, theirs = checkpoint(out), checkpoint(folder)
+    for part in ("model", "model_ema", "optimizer", "ema_updates"):
+        assert_same_bits(ours[part], theirs[part])
+    timing = ("images_per_second", "epoch_seconds", "data_wait_fraction")
+    for mine, other in zip(metrics(out), metrics(folder), strict=True):
+        assert {k: v for k, v in mine.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_augmented_in_batches_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, workers):
+    flags = [*STAGED, *STRONG, "--augment-on", "device"]
+    tree = whole[1]
+    assert start(tree, tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        cut(patch, 10)
+        assert start(tree, tmp_path / "cut", *flags, "--workers", workers) == 3
+    assert start(tree, tmp_path / "cut", "--augment-on", "worker", *flags[:-2], "--resume", "auto") == 2
+    assert start(tree, tmp_path / "cut", *flags, "--workers", workers, "--resume", "auto") == 0
+    for part in ("model", "model_ema", "optimizer"):
+        assert_same_bits(checkpoint(tmp_path / "cut")[part], checkpoint(tmp_path / "whole")[part])
+    assert yaml.safe_load((whole[0] / "config.yaml").read_text())["augment_on"] == "worker"  # auto, resolved
+
+
+def test_a_crash_inside_an_epoch_costs_that_epoch_and_no_bit(whole, tmp_path, monkeypatch):
+    folder, tree = whole
+    out, steps, step = tmp_path / "crash", [0], Learner.step
+
+    def failing(self, *args, **kwargs):
+        steps[0] += 1
+        if steps[0] == 4 + 11:  # four rehearsals first: epoch 3, its second step
+            raise MemoryError("the machine went away")
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", failing)
+        with pytest.raises(MemoryError):
+            start(tree, out, *STAGED, *STRONG)
+    assert len(metrics(out)) == 3
+    # The checkpoint was being written when it happened: the one before it is taken.
+    (out / "checkpoint.pth").write_bytes(b"half")
+    assert run(["--output-dir", str(out), "--resume", "auto"]) == 0  # its own config.yaml has the settings
+    assert_same_bits(checkpoint(out)["model_ema"], checkpoint(folder)["model_ema"])
+    assert [record["epoch"] for record in metrics(out)] == list(range(8))
+
+
+def test_resume_auto_starts_a_run_where_there_is_none(tree, tmp_path):
+    assert start(tree, tmp_path / "run", "--epochs", "1", "--resume", "auto") == 0
+
+
+def test_another_run_may_start_from_a_checkpoint_and_says_what_differs(tree, tmp_path, capsys):
+    assert start(tree, tmp_path / "one", "--epochs", "1") == 0
+    again = ["--resume", tmp_path / "one" / "checkpoint.pth", "--lr", "0.001"]
+    assert start(tree, tmp_path / "two", *again, "--epochs", "1") == 2
+    assert "has trained 1 epochs already" in capsys.readouterr().err
+    assert start(tree, tmp_path / "two", *again, "--epochs", "2") == 0
+    assert "lr 0.01 -> 0.001" in capsys.readouterr().out
+    assert [record["epoch"] for record in metrics(tmp_path / "two")] == [1]
+
+
+def test_settings_given_on_resume_take_effect_and_others_are_refused(tree, tmp_path, capsys):
+    assert start(tree, tmp_path / "one", "--epochs", "1", "--weight-decay", "0.1") == 0
+    again = ["--epochs", "2", "--resume", tmp_path / "one" / "checkpoint.pth"]
+    assert start(tree, tmp_path / "two", *again, "--weight-decay", "0.3", "--momentum", "0.5") == 0
+    (group,) = checkpoint(tmp_path / "two")["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0.3, 0.5)
+    assert checkpoint(tmp_path / "two")["config"]["weight_decay"] == 0.3
+    for flags, message in (
+        (["--opt", "adamw"], "the checkpoint has opt sgd, not adamw"),
+        (["--norm-weight-decay", "0"], "the checkpoint does not fit these settings"),
+        (["--model", "resnet18"], "the checkpoint has model efficientnet_v2_tiny, not resnet18"),
+    ):
+        capsys.readouterr()
+        assert start(tree, tmp_path / "three", *again, *flags) == 2
+        told = capsys.readouterr().err
+        assert message in told and told.count("\n") == 1
+    other = make_tree(tmp_path / "other", classes=("ant", "bee", "wasp"))
+    assert start(other, tmp_path / "three", *again) == 2
+    assert "the checkpoint has 2 classes, the data 3" in capsys.readouterr().err
+
+
+def test_a_warm_up_longer_than_the_run_is_the_run(tree, tmp_path):
+    flags = "--epochs 2 --lr-warmup-epochs 5 --lr-warmup-method linear --lr-warmup-decay 0.5".split()
+    assert start(tree, tmp_path / "run", *flags, "--lr-scheduler", "cosineannealinglr") == 0
+    assert [record["lr"] for record in metrics(tmp_path / "run")] == pytest.approx([0.005, 0.006])
+
+
+def test_time_budget_ends_with_3(tree, tmp_path, capsys):
+    assert start(tree, tmp_path / "run", "--epochs", "500", "--time-budget", "2s") == 3
+    assert "time budget" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_names_stage_epoch_and_step(tree, tmp_path, capsys):
+    flags = "--stages 2 --epochs 4 --lr-warmup-epochs 2 --lr-warmup-decay 0 --lr 1e30".split()
+    assert start(tree, tmp_path / "run", *flags) == 1
+    told = capsys.readouterr().err
+    assert "not finite in stage 1, 32 px, epoch 3/4, step" in told and told.count("\n") == 1
+    assert checkpoint(tmp_path / "run")["state"]["epoch"] == 2  # the last whole epoch is safe
+
+
+def test_out_of_memory_shows_before_the_first_epoch_and_names_the_stage(tree, tmp_path, monkeypatch, capsys):
+    step = Learner.step
+
+    def small_gpu(self, images, *args, **kwargs):
+        if images.shape[-1] >= 48:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(Learner, "step", small_gpu)
+    assert start(tree, tmp_path / "run", *STAGED) == 2
+    told = capsys.readouterr().err
+    assert "stage 3 (48 px, batch_size 8)" in told and "lower batch_size" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_rehearsal_changes_nothing(whole, tmp_path, monkeypatch):
+    folder, tree = whole
+    monkeypatch.setattr(train, "rehearse", lambda *args: 0)
+    assert start(tree, tmp_path / "run", *STAGED, *STRONG) == 0
+    assert_same_bits(checkpoint(folder)["model_ema"], checkpoint(tmp_path / "run")["model_ema"])
+
+
+def test_seed_changes_everything(tree, tmp_path):
+    for seed in (0, 1):
+        assert start(tree, tmp_path / str(seed), "--epochs", "1", "--seed", seed) == 0
+    one, other = (checkpoint(tmp_path / str(seed))["model"]["features.0.0.weight"] for seed in (0, 1))
+    assert not torch.equal(one, other)
