@@ -188,6 +188,17 @@ def upload(folder, env, honest=False):
     return finished(Forked("tracking/__main__.py", ["upload", folder], environment(env)))
 
 
+def ranks(count, folder, *flags, script="train.py", env=None):
+    """Run a script in `count` processes that meet through a file, which no one else can have taken as a port."""
+    meeting = ["--dist-url", f"file://{tempfile.mkdtemp(dir=folder)}/meeting"]
+    kind = Forked if FORKS else Started
+    processes = [
+        kind(script, [*flags, *meeting], environment({**(env or {}), "RANK": str(rank), "WORLD_SIZE": str(count)}))
+        for rank in range(count)
+    ]
+    return [finished(process) for process in processes]
+
+
 # ---- honest starts ----
 
 

@@ -5,8 +5,9 @@ import signal
 import sys
 
 import pytest
-from programs import LARGER, SMALL, honest_popen, honest_program, torchrun
-from runs import checkpoint, make_tree, metrics
+import torch
+from programs import LARGER, SMALL, honest_popen, honest_program, ranks, torchrun
+from runs import STRONG, assert_same_bits, checkpoint, make_tree, metrics
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -40,3 +41,49 @@ def test_two_processes_train_one_run_and_count_each_image_once(tmp_path):
     one, two = (start(*test).stdout for start in (honest_program, torchrun))
     assert "on 9 images" in one and "on 9 images" in two
     assert one.splitlines()[-1].split(", loss")[0] == two.splitlines()[-1].split(", loss")[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is set up for Linux here")
+def test_the_gradients_of_two_processes_are_those_of_one_with_the_joint_batch(tmp_path):
+    """One step of plain SGD at lr 1, so that what the weights have lost is the gradient. SqueezeNet has no batch norm,
+    whose statistics would be each process's own; dropout, which each process draws for itself, is off."""
+    tree = make_tree(tmp_path / "images", splits=(("train", 4), ("val", 2)))
+    flags = [*SMALL, "--data-path", tree, *"--model squeezenet1_1 --dropout 0 --train-crop-size 64 --epochs 1".split()]
+    flags += "--lr 1 --momentum 0 --weight-decay 0 --random-erase 0.5 --auto-augment ra".split()
+    torch.manual_seed(0)
+    for count, batch_size in ((1, 8), (2, 4)):
+        done = ranks(count, tmp_path, *flags, "--batch-size", batch_size, "--output-dir", tmp_path / str(count))
+        assert [process.returncode for process in done] == count * [0], done[0].stderr
+    one, two = (checkpoint(tmp_path / name)["model"] for name in "12")
+    assert one.keys() == two.keys() and len(one) == 52
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=0, atol=1e-6), name
+    torch.save(one, tmp_path / "other.pth")
+    shuffled = ranks(1, tmp_path, *flags, "--batch-size", 8, "--seed", 1, "--output-dir", tmp_path / "3")
+    assert shuffled[0].returncode == 0  # other weights and images: what is compared does move
+    assert not torch.allclose(one["classifier.1.weight"], checkpoint(tmp_path / "3")["model"]["classifier.1.weight"], atol=1e-3)  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is set up for Linux here")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_stopped_inside_an_epoch_go_on_to_the_same_bits(tmp_path, rank):
+    """Six steps an epoch, agreed upon every second one. Each epoch asks seven times: after each step and at its end;
+    the tenth call is after the third step of epoch 1, so both stop after its fourth."""
+    tree = make_tree(tmp_path / "images")
+    flags = [*SMALL, "--data-path", tree, *STRONG, *"--batch-size 2 --stages 2 --epochs 3 --workers 1".split()]
+    flags += "--train-crop-size 32 48 --dropout 0.1 0.3".split()
+
+    def run(out, *more, **stop):
+        env = {"STOP_RANK": "none", "STOP_CALL": "0"} | stop
+        done = ranks(2, tmp_path, *flags, "--output-dir", tmp_path / out, *more, script="tests/stopped.py", env=env)
+        return [process.returncode for process in done], done
+
+    assert run("whole")[0] == [0, 0]
+    codes, done = run("cut", STOP_RANK=str(rank), STOP_CALL="10")
+    assert codes == [3, 3], done[0].stderr + done[1].stderr
+    state = checkpoint(tmp_path / "cut")["state"]
+    assert (state["epoch"], state["step"]) == (1, 4)
+    codes, done = run("cut", "--resume", "auto")
+    assert codes == [0, 0], done[0].stderr + done[1].stderr
+    for part in ("model", "model_ema", "optimizer", "ema_updates"):
+        assert_same_bits(checkpoint(tmp_path / "cut")[part], checkpoint(tmp_path / "whole")[part])
