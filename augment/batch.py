@@ -1,5 +1,7 @@
-"""Operations on whole batches: crops as matrix products, RandAugment with each operation applied once to the images
-that drew it."""
+"""Operations on whole batches.
+
+A crop is two matrix products; RandAugment applies each operation once, to the images that drew it.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,15 +20,21 @@ from augment.randaugment import OPERATIONS
 
 
 def crop_tensor(pixels: Tensor, box: Sequence[int], size: int) -> Tensor:
-    """One crop (top, left, height, width) of uint8 (H, W, 3), resized with antialiasing: (3, size, size)."""
+    """Crop uint8 (H, W, 3) to `box` and resize it with antialiasing: (3, size, size).
+
+    box: top, left, height, width
+    """
     top, left, height, width = box
     crop = pixels[top : top + height, left : left + width].permute(2, 0, 1)[None]
     return interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def triangle_weights(lengths: Tensor, size: int, longest: int, reverse: Tensor | None = None) -> Tensor:
-    """What antialiased bilinear resizing is along one axis, as matrices (N, size, longest): row i holds the shares of
-    the first `lengths[n]` pixels in output pixel i, or size - 1 - i where `reverse` says so."""
+    """Build the matrices (N, size, longest) that resize along one axis, bilinearly and with antialiasing.
+
+    Row i of matrix n holds the shares of the first `lengths[n]` pixels in output pixel i; in output pixel
+    size - 1 - i where `reverse` is True.
+    """
     scale = (lengths / size)[:, None, None]
     place = torch.arange(size, device=lengths.device).expand(len(lengths), size)
     if reverse is not None:
@@ -43,10 +51,10 @@ CHUNK = 2**24  # pixels gathered at a time: with their indices about 0.3 GiB of 
 def crop_batch(
     flat: Tensor, starts: NDArray, strides: NDArray, boxes: Boxes, flips: NDArray[np.bool_], size: int
 ) -> Tensor:
-    """Crops of many images at once, resized with antialiasing and flipped: uint8 (N, 3, size, size).
+    """Crop many images at once, resize them with antialiasing and flip them: uint8 (N, 3, size, size).
 
-    Resizing is linear along each axis, so a crop is two matrix products; their float16 (on CUDA; products add
-    up in float32) keeps a grey level.
+    Resizing is linear along each axis, so a crop is two matrix products. On CUDA they are products of float16 that
+    add up in float32; that is precise to one grey level.
 
     flat: (P, 3) uint8, pixels of all images in rows; starts, strides: (N,) first pixel and width of each image
     """
@@ -73,12 +81,13 @@ def crop_batch(
 
 
 def to_device(values: NDArray, device: torch.device) -> Tensor:
+    """Copy an array to a device; the processor does not wait for a copy to CUDA, out of pinned memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def rand_augment(images: Tensor, choices: Array, signs: Array, level: float) -> Tensor:
-    """`presets.RandAugment` of a batch, uint8 (N, 3, S, S), with as many operations as `choices` has columns.
+    """Apply `RandAugment` to a batch, uint8 (N, 3, S, S), with as many operations as `choices` has columns.
 
     choices, signs: (N, layers) uniform in [0, 1); level: in bins of 30
     """

@@ -1,7 +1,7 @@
 """Random draws of a batch, by key: each image's numbers, and the rectangles they choose.
 
 Every draw is a hash of (seed, epoch, index, repeat, number of the draw): an image's augmentation depends neither
-on its batch nor on where it is computed, so that a worker may crop what the device then colours.
+on its batch nor on where it is computed, so that a worker may crop an image and the device do the rest.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,10 @@ NUM_DRAWS = ERASED.stop
 
 
 def uniforms(seed: int, draws: Sequence[tuple[int, int, int]], columns: slice = slice(0, NUM_DRAWS)) -> Array:
-    """Uniform numbers in [0, 1), a row for each of `draws` (epoch, index, repeat)."""
+    """Compute uniform numbers in [0, 1), a row for each of `draws` (epoch, index, repeat).
+
+    columns: which of an image's NUM_DRAWS numbers
+    """
     epochs, indices, repeats = np.asarray(draws, dtype=np.uint64).reshape(-1, 3).T[:, :, None]
     numbers = np.arange(columns.start, columns.stop, dtype=np.uint64)
     return (keys_to_seeds(seed, epochs, indices, repeats, numbers) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -38,8 +41,10 @@ def uniforms(seed: int, draws: Sequence[tuple[int, int, int]], columns: slice = 
 def rectangles(
     draws: Array, heights: NDArray, widths: NDArray, scale: tuple[float, float], ratio: tuple[float, float], margin: int
 ) -> Boxes:
-    """The first rectangle of up to ten that fits, in each of N images: its share of the area uniform on `scale`, the
-    logarithm of width over height on `ratio`, its place uniform too. 0 high and wide where none fits.
+    """Choose in each of N images the first rectangle of up to ten that fits.
+
+    Its share of the area is uniform on `scale`, the logarithm of its width over height on that of `ratio`, and its
+    place is uniform too. Where none fits it is 0 high and wide.
 
     draws: (N, RECTANGLE); heights, widths: (N,) of the images; margin: pixels it must be smaller than they are
     """
@@ -62,8 +67,10 @@ def crop_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Boxes:
-    """The boxes of RandomResizedCrop, by torchvision's rule: where no rectangle fits, the largest central one of
-    an accepted aspect ratio."""
+    """Choose the boxes of RandomResizedCrop, by torchvision's rule.
+
+    Where no rectangle fits, that is the largest central one of an accepted aspect ratio.
+    """
     boxes = rectangles(draws, heights, widths, scale, ratio, margin=0)
     shape = widths / heights
     width = np.where(shape > ratio[1], np.rint(heights * ratio[1]), widths).astype(np.int64)
@@ -73,6 +80,9 @@ def crop_boxes(
 
 
 def erase_boxes(draws: Array, size: int) -> Boxes:
-    """The boxes of RandomErasing in images of size x size: torchvision's shares 0.02 to 0.33, ratios 0.3 to 3.3."""
+    """Choose the boxes of RandomErasing in images of size x size.
+
+    Shares of the area are torchvision's 0.02 to 0.33, aspect ratios 0.3 to 3.3.
+    """
     sides = np.full(len(draws), size)
     return rectangles(draws, sides, sides, (0.02, 0.33), (1 / 3.3, 1 / 0.3), margin=1)

@@ -17,7 +17,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, palette, CMYK and RGBA images as RGB; of 16 bits of grey the upper 8, where PIL would clip to white."""
+    """Convert a grey, palette, CMYK or RGBA image to RGB.
+
+    Of 16 bits of grey the upper 8 are kept, where PIL would clip to white.
+    """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "RGB":
@@ -27,8 +30,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def reduce_decoding(image: Image.Image, box: Sequence[int], size: int) -> int:
-    """Have a JPEG that is not decoded yet decoded at 1/2, 1/4 or 1/8, where its crop `box` (top, left, height, width)
-    has at least `size` pixels each way even so: libjpeg then leaves out most of the arithmetic. Returns the divisor."""
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size where its crop allows it; return the divisor.
+
+    The crop `box` (top, left, height, width) has at least `size` pixels each way even so; libjpeg then leaves out
+    most of the arithmetic. The divisor is 1 where that is impossible: for a small crop, an image of another format, or
+    one that is decoded already.
+    """
     divisor = next((divisor for divisor in (8, 4, 2) if min(box[2:]) >= divisor * size), 1)
     if divisor == 1 or image.draft(None, (image.width // divisor, image.height // divisor)) is None:
         return 1
@@ -36,7 +43,10 @@ def reduce_decoding(image: Image.Image, box: Sequence[int], size: int) -> int:
 
 
 def crop_pil(image: Image.Image, box: Sequence[int], size: int, interpolation: InterpolationMode) -> Image.Image:
-    """The crop `box` (top, left, height, width) as RGB, size x size; of an image of any mode, decoded or not."""
+    """Crop an image of any mode, decoded or not, to `box` and resize it: RGB, size x size.
+
+    box: top, left, height, width
+    """
     top, left, height, width = box
     averaging = interpolation != InterpolationMode.NEAREST  # which would pick among averages, not pixels
     divisor = reduce_decoding(image, box, size) if averaging else 1
@@ -47,7 +57,7 @@ def crop_pil(image: Image.Image, box: Sequence[int], size: int, interpolation: I
 
 
 class RandomResizedCrop(v1.RandomResizedCrop):
-    """torchvision's, draw for draw, of a PIL image that may not be decoded yet."""
+    """torchvision's RandomResizedCrop, draw for draw, for a PIL image that may not be decoded yet."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -57,8 +67,10 @@ class RandomResizedCrop(v1.RandomResizedCrop):
         return crop_pil(image, self.box(image.height, image.width), self.size[0], self.interpolation)
 
     def box(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Top, left, height, width, as `get_params` draws them, in half of its time: that makes a tensor of every
-        number, for each image anew."""
+        """Draw top, left, height and width as torchvision's `get_params` does, in half of its time.
+
+        That function makes a tensor of every number, for each image anew.
+        """
         for _ in range(10):
             area = height * width * torch.empty(1).uniform_(*self.scale).item()
             shape = torch.exp(torch.empty(1).uniform_(*self.log_ratio)).item()
@@ -76,8 +88,11 @@ class RandomResizedCrop(v1.RandomResizedCrop):
 
 
 class ToNormalised:
-    """An RGB PIL image as a normalised float32 tensor (3, H, W): torchvision's arithmetic to the bit, without the
-    copy that each of its steps makes, which take as long as decoding a small JPEG."""
+    """The conversion of an RGB PIL image to a normalised float32 tensor (3, H, W).
+
+    It is torchvision's arithmetic to the bit, without the copy that each of its steps makes; those take as long as
+    decoding a small JPEG.
+    """
 
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
@@ -87,6 +102,10 @@ class ToNormalised:
 
 
 def to_normalised(lib: Any, backend: str) -> list[Any]:
+    """Build the steps that make a normalised float32 tensor of an image: PIL, or uint8 for backend tensor.
+
+    lib: torchvision's `transforms` or `transforms.v2`
+    """
     if lib is v1 and backend == "pil":
         return [ToNormalised()]
     steps = [lib.PILToTensor()] if backend == "pil" else []
@@ -95,6 +114,6 @@ def to_normalised(lib: Any, backend: str) -> list[Any]:
 
 
 def denormalise(images: Tensor) -> Tensor:
-    """Normalised (..., 3, H, W) back to uint8, for the eye."""
+    """Convert normalised images (..., 3, H, W) back to uint8, to be looked at."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -16,14 +16,15 @@ BINS_PER_UNIT = {"torchvision": 1.0, "paper": 3.0}  # of `ra_scale`, in torchvis
 
 @lru_cache
 def bins(start: float, end: float) -> list[float]:
+    """Compute torchvision's 31 magnitudes from `start` to `end`: float32 numbers, as Python floats."""
     return torch.linspace(start, end, 31).tolist()
 
 
 def on_range(start: float, end: float, level: float) -> float:
-    """`level` bins of 30 from `start` towards `end`, and on beyond it: level 45 is 1.5 times the range.
+    """Compute the number `level` bins of 30 from `start` towards `end`, or beyond it.
 
-    At whole levels up to 30 this is torchvision's float32 number, to the bit: `int` and comparisons
-    follow, and a number a hair smaller would shift an image by a pixel.
+    Level 45 is 1.5 times the range. At whole levels up to 30 this is torchvision's float32 number, to the bit: it goes
+    on into `int` and comparisons, where a number a hair smaller would shift an image by a pixel.
     """
     if level <= 30 and level == int(level):
         return bins(start, end)[int(level)]
@@ -45,6 +46,7 @@ class Operation:
 
 
 def shear(image: Any, x: float, y: float, interpolation: InterpolationMode) -> Any:
+    """Shear an image about its top left corner; `x` and `y` are tangents of the angles."""
     degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
     return F.affine(
         image, angle=0.0, translate=[0, 0], scale=1.0, shear=degrees, interpolation=interpolation, center=[0, 0]
@@ -52,6 +54,7 @@ def shear(image: Any, x: float, y: float, interpolation: InterpolationMode) -> A
 
 
 def translate(image: Any, x: float, y: float, interpolation: InterpolationMode) -> Any:
+    """Move an image `x` pixels to the right and `y` down, both rounded towards 0; fill with black."""
     right, down = int(x), int(y)
     if isinstance(image, Tensor):  # whole pixels: what `affine` gives, by copying, in a tenth of its time
         height, width = image.shape[-2:]
@@ -63,21 +66,25 @@ def translate(image: Any, x: float, y: float, interpolation: InterpolationMode) 
 
 
 def sharpen(image: Any, factor: float) -> Any:
+    """Adjust the sharpness of an image: factor 0 blurs it, 1 leaves it as it is."""
     if isinstance(image, Tensor) and image.ndim == 4:  # on a CPU its convolution is faster so, copies included
         image = image.contiguous(memory_format=torch.channels_last)
     return F.adjust_sharpness(image, factor)
 
 
 def shift(level: float, side: int) -> float:
+    """Compute the pixels of a translation of an image whose side in that direction is `side`."""
     # Beyond the range, stop while a quarter of the image is still to be seen.
     return min(on_range(0.0, 150.0 / 331.0 * side, level), 0.75 * side)
 
 
 def factor(amount: float) -> float:
+    """Compute the factor of brightness, saturation, contrast or sharpness from its signed amount."""
     return max(0.0, 1.0 + amount)  # below 0 an image would turn into its negative
 
 
 def enhance(level: float, height: int, width: int) -> float:
+    """Compute the amount of brightness, saturation, contrast or sharpness at a level."""
     return on_range(0.0, 0.9, level)
 
 
@@ -106,11 +113,11 @@ class RandAugment(nn.Module):
     """Two operations drawn from `OPERATIONS` for each image, at one magnitude; PIL or uint8 (3, H, W).
 
     magnitude: any number from 0, in the units of `scale`: "torchvision" bins of 30, "paper" tenths of
-        the range (15 rotates by 15 and by 45 degrees)
+        the range (15 rotates by 15 degrees on the one, by 45 on the other)
 
     At scale "torchvision" and whole magnitudes it equals torchvision's RandAugment draw for draw on PIL images
-    (transforms.v1; v2 draws its signs in another order). On tensors each operation equals v2's, which v1's Color and
-    Sharpness miss by a grey level.
+    (transforms.v1; v2 draws its signs in another order). On tensors each operation equals v2's; v1's Color and
+    Sharpness differ from that by a grey level.
 
     Source: arXiv:1909.13719; magnitudes of EfficientNetV2: arXiv:2104.00298, Table 6.
     """

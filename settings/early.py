@@ -1,4 +1,4 @@
-"""What a command line alone answers, before torch is imported: that takes seconds."""
+"""What the command line alone can answer, before torch is imported, which takes seconds."""
 
 import os
 import sys
@@ -10,7 +10,10 @@ from settings.sources import read_command_line
 
 
 def answer(argv: Sequence[str]) -> None:
-    """End the program for `--help`, and for settings that are wrong whatever torch and the data are; else return."""
+    """End the program for `--help` and for settings that are wrong in themselves; else return.
+
+    Neither torch nor the data are looked at.
+    """
     try:
         read_command_line(argv)
         if not os.environ.get("CLEARML_TASK_ID"):  # whose settings come from a server

@@ -19,11 +19,11 @@ RUN_SETTINGS = "config.yaml"  # in a run's folder: what it was made with
 def resolve(
     argv: Sequence[str], overrides: Mapping[str, Any] | None = None, base: Mapping[str, Any] | None = None
 ) -> Config:
-    """The settings of a run, merged and checked.
+    """Merge and check the settings of a run.
 
     argv: the command line without the program's name
-    overrides: values changed in a dashboard, the last word
-    base: what those values were changed from; stands in place of the file and the command line
+    overrides: values changed in a dashboard, which outrank all others
+    base: the settings that those values were changed from; they replace the file and the command line
 
     Raises:
         ConfigError: unknown name, wrong type, value out of range, impossible combination.
@@ -50,9 +50,17 @@ def resolve(
 
 
 def drop_or_reject_idle(values: dict[str, Any], level: dict[str, int]) -> None:
-    """A setting that cannot take effect is an error, unless what it depends on was switched off
-    by a later source (`--auto-augment ta_wide` over a file with `ra_magnitude`): then it goes back
-    to its default, so that the run's record does not claim it."""
+    """Reset or refuse each setting that cannot take effect because of the value of another one.
+
+    It is refused, unless what it depends on was switched off by a later source (`--auto-augment ta_wide` over a file
+    with `ra_magnitude`): then it goes back to its default, so that the run's record does not claim it.
+
+    values: of all settings; changed in place
+    level: of each setting, the number of the source that gave it, later ones higher; -1 for a default
+
+    Raises:
+        ConfigError: a setting that is refused.
+    """
     needs = {name: row["needs"] for name, row in SETTINGS.items() if row["needs"]}
     if values["lr_warmup_epochs"] == 0:
         for name in ("lr_warmup_method", "lr_warmup_decay"):
@@ -74,7 +82,7 @@ def drop_or_reject_idle(values: dict[str, Any], level: dict[str, int]) -> None:
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError for what no single value shows: combinations and paths."""
+    """Raise ConfigError for what no single value shows: wrong combinations and paths."""
     check_stages(config)
     check_training(config)
     check_images(config)
@@ -82,6 +90,7 @@ def check(config: Config) -> None:
 
 
 def check_stages(config: Config) -> None:
+    """Check how many values the scheduled settings have, and the epochs and image sizes of stages."""
     for name in SCHEDULES:
         values = getattr(config, name)
         accepted = {1, config.stages} | ({2} if config.stages > 1 else set())
@@ -113,6 +122,7 @@ def check_stages(config: Config) -> None:
 
 
 def check_training(config: Config) -> None:
+    """Check the learning rate's lower end, and the momentum that Nesterov needs."""
     if config.lr_scheduler == "cosineannealinglr" and config.lr_min > config.lr:
         raise ConfigError(f"lr_min {config.lr_min} is above lr {config.lr}")
     if config.opt == "sgd_nesterov" and config.momentum == 0:
@@ -120,6 +130,7 @@ def check_training(config: Config) -> None:
 
 
 def check_images(config: Config) -> None:
+    """Check settings of augmentation, crops and the decode cache against each other."""
     end = RA_SCALE_END[config.ra_scale]
     if max(config.ra_magnitude) > end:
         raise ConfigError(
@@ -153,6 +164,7 @@ def check_images(config: Config) -> None:
 
 
 def check_run(config: Config) -> None:
+    """Check resume, overwrite, test_only and time_budget."""
     if config.resume and config.overwrite:
         raise ConfigError("resume continues a run, overwrite starts again; give one of them")
     if config.resume not in ("", "auto") and not os.path.isfile(config.resume):

@@ -12,9 +12,13 @@ from settings.values import LISTS, convert, nearest, parse_text
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML's safe types alone, and no key twice: the second would silently win."""
+    """A YAML loader of the safe types alone, which refuses a key that stands twice.
+
+    The second would silently win.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, and refuse it if a key stands in it twice."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -23,7 +27,7 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The settings in file `path`, converted; keys that no setting has are refused.
+    """Read the settings in file `path`, converted to their types; refuse keys that no setting has.
 
     Raises:
         ConfigError: no such file, not YAML, not plain settings (Python objects included).
@@ -48,6 +52,11 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def convert_all(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Convert settings by name to their types; `where` begins the message of an error.
+
+    Raises:
+        ConfigError: an unknown name, a wrong value, or one of `config` and `plan`, which belong on the command line.
+    """
     reject_unknown(given, SETTINGS, where)
     for name in ("config", "plan"):
         if name in given:
@@ -56,7 +65,11 @@ def convert_all(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def reject_unknown(names: Collection[Any], known: Collection[str], where: str, dashes: str = "") -> None:
-    """Raise ConfigError for the first of `names` that is not `known`, with the nearest that is."""
+    """Raise ConfigError for the first of `names` that is not in `known`, and suggest the nearest that is.
+
+    where: begins the message
+    dashes: stand before each name in it
+    """
     for name in names:
         if name not in known:
             near = nearest(str(name), known)
@@ -66,11 +79,12 @@ def reject_unknown(names: Collection[Any], known: Collection[str], where: str, d
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        """Raise argparse's message as a ConfigError, where argparse would end the program."""
         raise ConfigError(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: every setting as --name-with-dashes, its value as text."""
+    """Build the parser of the command line: every setting as --name-with-dashes, its value as text."""
     parser = Parser(
         prog="train.py",
         description="Train an image classifier through the stages of EfficientNetV2's progressive learning.",
@@ -98,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_command_line(argv: Sequence[str]) -> dict[str, Any]:
-    """The settings given on the command line, converted.
+    """Read the settings given on the command line, converted to their types.
 
     Raises:
         ConfigError: unknown flag (abbreviations are unknown), missing or wrong value.

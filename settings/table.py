@@ -26,7 +26,7 @@ class Schedule:
     whole: bool = False
 
     def show(self, value: float | None) -> str:
-        """Write the value of a stage as a cell of a table."""
+        """Format the value of a stage as a cell of a table."""
         return self.absent if value is None or (self.absent == "off" and value == 0) else f"{value:.4g}"
 
 
@@ -48,8 +48,8 @@ def setting(
     kind: "int", "float", "str", "bool", or a list of them: "ints", "floats", "strs"
     interval: accepted numbers, as in "[0, 1)"
     optional: may be None
-    scheduled: takes one value, first and last, or one per stage, and is shown so
-    needs: does nothing unless the setting of this name has one of these values
+    scheduled: how it is shown, if it takes one value, first and last, or one per stage; else None
+    needs: name of another setting, and the values of that one with which this one takes effect
     flags: short forms besides --name-with-dashes
     """
     metadata: dict[str, Any] = dict(help=help, kind=kind, group=group, choices=choices, interval=interval)
@@ -68,8 +68,11 @@ RA_SCALE_END = {"torchvision": 30.0, "paper": 30.0}  # bins of 30; tenths, three
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting of a run, under the one name it has in YAML (`lr_warmup_epochs`), on the
-    command line (`--lr-warmup-epochs`), in code and in reports. Made by `resolve`."""
+    """Every setting of a run. Made by `resolve`.
+
+    A setting has one name in YAML (`lr_warmup_epochs`), on the command line (`--lr-warmup-epochs`), in code and in
+    reports.
+    """
 
     # fmt: off
     # The data
@@ -172,13 +175,15 @@ class Config:
     # fmt: on
 
     def idle(self, name: str) -> bool:
-        """Say whether setting `name` does nothing, for want of what it needs."""
+        """Check whether setting `name` has no effect, because the setting it needs has another value."""
         needs = SETTINGS[name]["needs"]
         return needs is not None and getattr(self, needs[0]) not in needs[1]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for YAML, checkpoints and dashboards: one number stays one number, the
-        values of a schedule become a list."""
+        """Convert the settings to plain values, for YAML, checkpoints and dashboards.
+
+        One number stays one number, the values of a schedule become a list.
+        """
         return {name: plain(value) for name, value in asdict(self).items()}
 
 
@@ -197,6 +202,7 @@ PLACE = (
 
 
 def plain(value: Any) -> Any:
+    """Convert a tuple to a list, or to its only item; floats in it that are whole become ints."""
     if not isinstance(value, tuple):
         return value
     items = [int(item) if isinstance(item, float) and item == int(item) else item for item in value]
@@ -204,7 +210,7 @@ def plain(value: Any) -> Any:
 
 
 def show(value: Any) -> str:
-    """`value` as one would type it."""
+    """Format `value` as one would type it; None as "unset"."""
     if value is None:
         return "unset"
     return str(value).lower() if isinstance(value, bool) else str(plain(value))

@@ -1,4 +1,4 @@
-"""One value of a setting: from text or YAML to its type, and back to text."""
+"""The conversion of one setting's value: from text or YAML to its type, and back to text."""
 
 import difflib
 import json
@@ -11,10 +11,10 @@ from settings.table import DEFAULTS, SETTINGS
 
 
 def seconds(duration: str) -> float:
-    """`90s`, `25m`, `1.5h` or plain seconds, in seconds.
+    """Convert a duration, `90s`, `25m`, `1.5h` or plain seconds, to seconds.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: anything else, and 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", duration.strip())
     if not match or float(match[1]) == 0:
@@ -26,7 +26,9 @@ LISTS = ("ints", "floats", "strs")
 
 
 def convert(name: str, value: Any, where: str = "") -> Any:
-    """`value`, as YAML or the command line gave it, in the type of setting `name`.
+    """Convert `value`, as YAML or the command line gave it, to the type of setting `name`.
+
+    where: begins the message of an error
 
     Raises:
         ConfigError: it has another type, or is not one of the accepted values.
@@ -46,6 +48,11 @@ def convert(name: str, value: Any, where: str = "") -> Any:
 
 
 def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
+    """Convert one value to `kind` and check it; of a setting with several values, each in turn.
+
+    Raises:
+        ConfigError: as `convert`.
+    """
     row = SETTINGS[name]
     wrong = ConfigError(f"{where}{name} must be {describe(row)}, got {value!r}")
     if kind == "bool":
@@ -86,7 +93,7 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
 
 
 def within(value: float, interval: str) -> bool:
-    """Whether `value` lies in an interval written as "[0, 1)"."""
+    """Check whether `value` lies in an interval written as "[0, 1)"."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     return (value >= low if interval[0] == "[" else value > low) and (
         value <= high if interval[-1] == "]" else value < high
@@ -94,6 +101,7 @@ def within(value: float, interval: str) -> bool:
 
 
 def describe(row: Mapping[str, Any]) -> str:
+    """Describe what a setting accepts, for the message of an error."""
     noun = {
         "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",
         "ints": "whole numbers", "floats": "a number or a list of numbers", "strs": "words",
@@ -102,14 +110,18 @@ def describe(row: Mapping[str, Any]) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A plain value as a dashboard shows it in a field; nothing for None."""
+    """Format a plain value as a dashboard shows it in a field; None as an empty field."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def from_text(name: str, text: str) -> Any:
-    """What was written into the field of setting `name`; `convert` says what is wrong with it."""
+    """Convert what was written into a dashboard's field of setting `name` to a value for `convert`.
+
+    An empty field is None, or "" where that is the default. Text that stands for no value of the setting is returned
+    as text: `convert` says what is wrong with it.
+    """
     row, text = SETTINGS[name], text.strip()
     if not text:
         return "" if DEFAULTS[name] == "" else None
@@ -121,14 +133,16 @@ def from_text(name: str, text: str) -> Any:
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """The one of `known` that `name` is short for or misspells, if any."""
+    """Find the one of `known` that `name` is short for or misspells; None if there is none."""
     longer = [word for word in known if name and word.startswith(name)]
     return next(iter(longer or difflib.get_close_matches(name, known, n=1)), None)
 
 
 def parse_text(name: str, value: Any) -> Any:
-    """Command-line text as the number it stands for; text that is none goes on to `convert`, which
-    knows what to say about it."""
+    """Convert text of the command line to the number it stands for.
+
+    Text that is no number stays text: `convert` knows what to say about it.
+    """
     if isinstance(value, list):
         return [parse_text(name, item) for item in value]
     if isinstance(value, str) and SETTINGS[name]["kind"] not in ("str", "strs", "bool"):
