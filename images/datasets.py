@@ -80,7 +80,9 @@ class ImageTree:
 
     @contextmanager
     def opened(self, index: int) -> Iterator[tuple[Image.Image, int]]:
-        """The image as it lies in its file, of any mode and not decoded yet, and its class number.
+        """Open image `index` as it lies in its file, and its class number.
+
+        The image may have any mode, and is not decoded yet.
 
         Raises:
             ConfigError: what the caller does with it fails, and the file turns out to be damaged.
@@ -97,6 +99,7 @@ class ImageTree:
 
 @contextmanager
 def naming_damage(path: str) -> Iterator[None]:
+    """Convert any error within to a ConfigError which says that `path` cannot be read as an image."""
     try:
         yield
     except Exception as error:  # what PIL raises on a damaged file varies with the damage
@@ -105,17 +108,21 @@ def naming_damage(path: str) -> Iterator[None]:
 
 
 def opened(images: Images, index: int) -> AbstractContextManager[tuple[Image.Image, int]]:
-    """Image `index`, not decoded yet if it comes from a file."""
+    """Open image `index`, not decoded yet if it comes from a file, with its class number."""
     return images.opened(index) if isinstance(images, ImageTree) else nullcontext(images[index])
 
 
 def list_path(root: str) -> str:
+    """Build the path of the file that keeps the list of images of `root`.
+
+    It lies in torch's folder for downloads.
+    """
     name = hashlib.sha1(os.path.abspath(root).encode()).hexdigest()[:16]
     return os.path.join(torch.hub.get_dir(), "imagefolder", f"{name}.json")
 
 
 def read_list(root: str, classes: Sequence[str]) -> list[tuple[str, int]] | None:
-    """The list kept for `root`, or None if there is none that fits its folders as they are now."""
+    """Read the list of images kept for `root`; None if none fits its folders as they are now."""
     try:
         with open(list_path(root), encoding="utf-8") as file:
             kept = json.load(file)
@@ -128,7 +135,13 @@ def read_list(root: str, classes: Sequence[str]) -> list[tuple[str, int]] | None
 
 
 def write_list(root: str, classes: Sequence[str], samples: Sequence[tuple[str, int]]) -> None:
-    """Keep the list, with the time of every folder below `root`: a new file changes its folder's."""
+    """Write the list of images of `root` to its file, with the time of every folder below `root`.
+
+    A new image changes its folder's time, by which `read_list` knows that the list is out of date.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     folders = [folder for folder, _, _ in os.walk(root)]
     times = [(os.path.relpath(folder, root), os.stat(folder).st_mtime_ns) for folder in folders]
     relative = [(os.path.relpath(file, root), target) for file, target in samples]
@@ -143,7 +156,7 @@ def write_list(root: str, classes: Sequence[str], samples: Sequence[tuple[str, i
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels: real, and there without a download.
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels: real images that need no download.
 
     Source: E. Alpaydin, C. Kaynak, UCI ML hand-written digits (test part), by way of sklearn.datasets.
     """
@@ -179,7 +192,11 @@ WORDNET_NAMES = {
 
 
 def fastai_tree(config: Config, runtime: Runtime) -> str:
-    """The folder of Imagenette or Imagewoof below data_path, fetched first if that is asked for."""
+    """Find the folder of Imagenette or Imagewoof below data_path; download it first if that is asked for.
+
+    Raises:
+        ConfigError: it cannot be downloaded, or is not there.
+    """
     name, _, size = config.dataset.partition("-")
     folder = f"{name}2" + (f"-{size.removesuffix('px')}" if size else "")
     tree = os.path.join(config.data_path, folder)
@@ -204,10 +221,10 @@ def fastai_tree(config: Config, runtime: Runtime) -> str:
 
 
 def load_data(config: Config, runtime: Runtime) -> Data:
-    """The data set of the run.
+    """Load the data set of the run: lists of image files, or the digits themselves.
 
     Raises:
-        ConfigError: not there, empty, or the two splits have different classes.
+        ConfigError: not there, empty, too few validation images, or the two splits have different classes.
     """
     if config.dataset == "digits":
         return Data(train=Digits(train=True), val=Digits(train=False))

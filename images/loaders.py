@@ -1,5 +1,9 @@
-"""Loaders: the order of samples and every augmentation follow from (seed, epoch, index), so any worker may load
-any sample and a run may resume at any step; and what changes with a stage costs no waiting."""
+"""Loaders of training and validation images.
+
+The order of samples and every augmentation follow from (seed, epoch, index), so any worker may load any sample and a
+run may resume at any step. The workers of a stage start while those of the one before finish, so that a new stage is
+not waited for.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +30,10 @@ from utils import MIX, Runtime, drawing_from
 
 
 class EvalImages(Dataset):
-    """Every world_size-th image under a fixed transform, from number `rank` on: no image twice."""
+    """One process's share of the validation images, under a fixed transform.
+
+    It is every world_size-th image from number `rank` on, so that no image is evaluated twice.
+    """
 
     def __init__(self, images: Images, transform: Compose, rank: int, world_size: int):
         self.images = images
@@ -45,10 +52,12 @@ class EvalImages(Dataset):
 
 
 class TrainLoader:
-    """The training batches of a stage, on the device: images (N, 3, S, S) float32, normalised, and class
-    numbers (N,), or soft targets (N, K) if the stage mixes.
+    """The training batches of a stage, on the device.
 
-    epochs: of the stage; an epoch's last step is followed by loading the next one's first
+    A batch is images (N, 3, S, S) float32, normalised, and class numbers (N,), or soft targets (N, K) if the stage
+    mixes.
+
+    epochs: of the stage; after an epoch's last step the workers go on with the first of the next
     wait_seconds: time the last epoch's loop has spent waiting for images
     when_drained: called once, when the last step of `epochs` has been handed to the workers
     """
@@ -74,21 +83,21 @@ class TrainLoader:
         self.stream = torch.cuda.Stream(runtime.device) if runtime.device.type == "cuda" else None
 
     def __len__(self) -> int:
-        """Steps of a whole epoch."""
+        """Count the steps of a whole epoch."""
         return self.sampler.num_steps
 
     @property
     def images_per_step(self) -> int:
-        """Over all processes, in all steps but the last."""
+        """Images over all processes, in every step but the last, which may have fewer."""
         return self.sampler.batch_size * self.sampler.world_size
 
     @property
     def batch_sizes(self) -> set[int]:
-        """Of this process: of most steps, and of the last."""
+        """Sizes of this process's batches: that of most steps, and that of the last."""
         return self.sampler.batch_sizes
 
     def start(self, epoch: int, first_step: int = 0) -> None:
-        """Let the workers load what comes from here on, unless they do so already."""
+        """Have the workers load from `first_step` of `epoch` on, unless they do so already."""
         if self.position != (epoch, first_step):
             stop_epoch = self.epochs.stop if epoch in self.epochs else epoch + 1
             self.sampler.start(epoch, first_step, stop_epoch)
@@ -96,7 +105,7 @@ class TrainLoader:
             self.position = (epoch, first_step)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Step number, images and targets of each step of `epoch` from `first_step` on."""
+        """Yield step number, images and targets of each step of `epoch`, from `first_step` on."""
         self.wait_seconds = 0.0
         for step in range(first_step, len(self)):
             asked = time.perf_counter()
@@ -111,8 +120,10 @@ class TrainLoader:
             yield step, *self.prepare(loaded, epoch, step)
 
     def prepare(self, loaded: Any, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """A loaded batch on the device, augmented and mixed. On a GPU in a stream of its own: the step before,
-        queued already, goes on meanwhile."""
+        """Move a loaded batch to the device, augment and mix it.
+
+        On a GPU this runs in a stream of its own: the step before, which is queued already, goes on meanwhile.
+        """
         with torch.cuda.stream(self.stream):  # does nothing without one
             images, targets = self.source.finish(loaded)
             images = images.to(memory_format=self.runtime.memory_format)
@@ -127,12 +138,13 @@ class TrainLoader:
         return images, targets
 
     def close(self) -> None:
+        """Stop loading, and end the workers."""
         self.position, self.when_drained = None, None
         self.source.close()
 
 
 def train_loader(config: Config, data: Data, runtime: Runtime, stage: "Stage") -> TrainLoader:
-    """Make the training loader of a stage."""
+    """Build the training loader of a stage."""
     transform = stage_preset(config, stage, augment_on(config, runtime) == "device")
     repeats = config.ra_reps if config.ra_sampler else 1
     sampler = DrawSampler(len(data.train), stage.batch_size, config.seed, runtime.rank, runtime.world_size, repeats)
@@ -142,8 +154,11 @@ def train_loader(config: Config, data: Data, runtime: Runtime, stage: "Stage") -
 
 
 def augment_on(config: Config, runtime: Runtime) -> str:
-    """`augment_on` with auto resolved: device on CUDA, where a GPU would wait for the workers, if the settings have a
-    form for batches; else worker, which leaves the processor that trains to training.
+    """Decide where images are augmented: as `augment_on` of the settings says, with auto resolved.
+
+    With auto that is "device" on CUDA, where a GPU would wait for the workers, if the settings have a form for batches
+    and neither `backend` nor `use_v2` was set by hand. Else it is "worker", which leaves the processor that trains to
+    training.
 
     Raises:
         ConfigError: decode_on device, where it cannot be.
@@ -163,7 +178,10 @@ def augment_on(config: Config, runtime: Runtime) -> str:
 
 
 def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) -> DataLoader:
-    """This process's share of the validation images at `crop_size`, resized in proportion."""
+    """Build the loader of this process's share of the validation images, at `crop_size`.
+
+    Images are resized in proportion: as val_resize_size is to val_crop_size.
+    """
     transform = eval_preset(
         crop_size=crop_size,
         resize_size=round(crop_size * config.val_resize_size / config.val_crop_size),
@@ -176,8 +194,10 @@ def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) ->
 
 
 def sample_grid(loader: TrainLoader, epoch: int, num_images: int = 16) -> Tensor:
-    """Augmented training images of a loader as a picture, uint8 (3, H, W); the same ones for every stage,
-    each under the draws it has in `epoch`."""
+    """Draw augmented training images of a loader as one picture, uint8 (3, H, W).
+
+    The images are the same for every stage, each augmented as it is in `epoch`.
+    """
     count = loader.sampler.num_images
     step = max(1, count // num_images)  # over all classes, where images are sorted by class
     draws = [(epoch, index, 0) for index in range(0, step * num_images, step) if index < count]

@@ -1,5 +1,7 @@
-"""The order of samples, which follows from (seed, epoch): any process knows any step of it, and a run may resume
-at any."""
+"""The order of samples, which follows from (seed, epoch).
+
+Any process can compute any step of it, so that a run may resume at any step.
+"""
 
 from collections.abc import Iterator
 
@@ -44,21 +46,25 @@ class DrawSampler(Sampler[list[Draw]]):
 
     @property
     def batch_sizes(self) -> set[int]:
-        """Of this process: of most steps, and of the last."""
+        """Sizes of this process's batches: that of most steps, and that of the last."""
         full = {self.batch_size} if self.num_images >= self.batch_size * self.world_size else set()
         return full | ({self.last_batch} if self.last_batch else set())
 
     def start(self, epoch: int, first_step: int = 0, stop_epoch: int | None = None) -> None:
-        """What the next iteration yields: the steps of `epoch` from `first_step`, then those of the epochs
-        up to `stop_epoch` (exclusive; default: no others)."""
+        """Set what the next iteration yields: the steps of `epoch` from `first_step` on, and later epochs.
+
+        stop_epoch: the first epoch that is not yielded; by default the one after `epoch`
+        """
         self.epoch, self.first_step = epoch, first_step
         self.stop_epoch = epoch + 1 if stop_epoch is None else stop_epoch
         self.exhausted = False
 
     def __len__(self) -> int:
+        """Count the batches that the next iteration yields."""
         return (self.stop_epoch - self.epoch) * self.num_steps - self.first_step
 
     def __iter__(self) -> Iterator[list[Draw]]:
+        """Yield the batches of this process, each a list of the keys of its samples."""
         first_step = self.first_step
         for epoch in range(self.epoch, self.stop_epoch):
             # Not seed + epoch: torch's CPU generator takes 32 bits, and neighbouring runs would share orders.

@@ -46,8 +46,10 @@ class DrawnImages(Dataset):
 
 
 class CroppedImages(Dataset):
-    """Batches of images cropped, resized and flipped as a batch preset draws, the rest of it left to the device:
-    uint8 (N, 3, S, S), class numbers (N,), keys of the samples (N, 3)."""
+    """Batches of images, cropped, resized and flipped as a batch preset draws; the rest is left to the device.
+
+    A batch is uint8 (N, 3, S, S), class numbers (N,), keys of the samples (N, 3).
+    """
 
     def __init__(self, images: Images, preset: BatchPreset, seed: int):
         self.images = images
@@ -58,6 +60,7 @@ class CroppedImages(Dataset):
         return len(self.images)
 
     def __getitems__(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+        """Load the batch of the samples with these keys."""
         size = self.preset.image_size
         numbers = uniforms(self.seed, draws, slice(0, FLIP + 1))
         indices = [index for _, index, _ in draws]
@@ -74,12 +77,17 @@ class CroppedImages(Dataset):
         return batch, targets, torch.tensor(draws)
 
     def from_store(self, images: StoredImages, indices: list[int], numbers: Array) -> Iterator[tuple[Tensor, int]]:
+        """Yield the crop (3, S, S) and the class number of each of `indices`, out of the store."""
         rows = images.index[indices]
         boxes = self.preset.boxes(numbers, rows["height"], rows["width"]).tolist()
         for index, row, box in zip(indices, rows.tolist(), boxes):
             yield crop_tensor(images.view(row), box, self.preset.image_size), images.targets[index]
 
     def from_file(self, index: int, numbers: Array) -> tuple[Tensor, int]:
+        """Crop one image out of its file: the crop (3, S, S) and the class number.
+
+        numbers: the draws of this image, one row
+        """
         with opened(self.images, index) as (image, target):
             (box,) = self.preset.boxes(numbers, np.array([image.height]), np.array([image.width])).tolist()
             crop = crop_pil(image, box, self.preset.image_size, InterpolationMode.BILINEAR)
@@ -87,8 +95,10 @@ class CroppedImages(Dataset):
 
 
 class Files(Dataset):
-    """Batches of files as they are, for the device to decode: bytes of each, a list of uint8 (n,), class numbers (N,),
-    keys of the samples (N, 3)."""
+    """Batches of files as they are, for the device to decode.
+
+    A batch is the bytes of each file, a list of uint8 (n,), class numbers (N,), keys of the samples (N, 3).
+    """
 
     def __init__(self, images: ImageTree):
         self.images = images
@@ -97,6 +107,11 @@ class Files(Dataset):
         return len(self.images)
 
     def __getitems__(self, draws: Sequence[Draw]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Read the files of the samples with these keys.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
         paths, targets = zip(*(self.images.samples[index] for _, index, _ in draws))
         try:
             files = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in paths]
@@ -106,11 +121,13 @@ class Files(Dataset):
 
 
 def decode_batch(files: Sequence[Tensor], paths: Sequence[str], device: torch.device) -> list[Tensor]:
-    """Images on `device`, uint8 (H, W, 3). JPEGs in one batch, by nvJPEG on CUDA; other formats, and a batch with a
-    JPEG that it refuses, by PIL on the host.
+    """Decode a batch of files to images on `device`, each uint8 (H, W, 3).
+
+    JPEGs are decoded in one batch, by nvJPEG on CUDA. PIL decodes other formats on the host, and all of a batch with a
+    JPEG that was refused.
 
     Raises:
-        ConfigError: one cannot be read, by its path.
+        ConfigError: a file cannot be read; the message names it.
     """
 
     def by_pil(file: Tensor, path: str) -> Tensor:
@@ -145,19 +162,25 @@ class Source(ABC):
 
     @abstractmethod
     def batches(self, sampler: DrawSampler) -> Iterator[Any]:
-        """Load the batches that the sampler draws from where it stands; always the same sampler."""
+        """Load the batches that the sampler draws, from where it stands.
+
+        A source is always given the same sampler.
+        """
 
     @abstractmethod
     def finish(self, loaded: Any) -> tuple[Tensor, Tensor]:
-        """Give images (N, 3, S, S) float32, normalised, and class numbers (N,), both on the device."""
+        """Turn what `batches` yielded into images and class numbers, both on the device.
+
+        Returns: images (N, 3, S, S) float32, normalised; class numbers (N,).
+        """
 
     @abstractmethod
     def samples(self, draws: Sequence[Draw]) -> Tensor:
-        """Make augmented images by their keys, on the CPU."""
+        """Make augmented images by their keys, on the CPU: (N, 3, S, S) float32, normalised."""
 
     @abstractmethod
     def close(self) -> None:
-        """End what still works for this source."""
+        """End the processes that still work for this source."""
 
 
 class WorkerSource(Source):
@@ -181,6 +204,7 @@ class WorkerSource(Source):
             close_loader(self.loader)
 
     def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor to the device; the processor does not wait for it, if the tensor is pinned."""
         return tensor.to(self.runtime.device, non_blocking=True)
 
 
@@ -238,7 +262,7 @@ class DecodedOnDevice(WorkerSource):
 
 
 class ResidentOnDevice(Source):
-    """All images lie on the device, which does everything; nothing is loaded but the draws."""
+    """All images lie on the device, which does everything; nothing is loaded but the keys of the samples."""
 
     def __init__(self, images: StoredImages, preset: BatchPreset, seed: int, runtime: Runtime):
         self.images = images
@@ -285,8 +309,11 @@ def find_source(
     workers: int = 0,
     decode_on_device: bool = False,
 ) -> Source:
-    """Choose the source for a transform: of one image, which workers apply, or of batches, of which the device does as
-    much as it can where `images` lie."""
+    """Choose the source of batches for a transform.
+
+    A transform of one image is applied by workers. Of a transform of batches the device does as much as it can, which
+    depends on where `images` lie.
+    """
     if not isinstance(transform, BatchPreset):
         return AugmentedByWorkers(images, transform, seed, runtime, workers)
     if isinstance(images, StoredImages) and images.resident is not None:

@@ -37,16 +37,17 @@ INDEX = np.dtype([(name, "<i8") for name in ("offset", "height", "width")] + [("
 
 
 def stored_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """Height and width of an image in a store: short side at most `side`, aspect ratio kept."""
+    """Compute height and width of an image in a store: short side at most `side`, aspect ratio kept."""
     scale = min(1.0, side / min(height, width))
     return round(height * scale), round(width * scale)
 
 
 def decode(images: ImageTree, index: int, side: int) -> NDArray[np.uint8]:
-    """Image `index` at its stored size, (H, W, 3).
+    """Decode image `index` at its stored size: uint8 (H, W, 3).
 
-    Bicubic with antialiasing: it keeps what is below half of the stored resolution, all that a crop at training size
-    can show, where a box filter would blur that, and rings less than Lanczos.
+    It is resized by bicubic interpolation with antialiasing. That keeps what is below half of the stored resolution,
+    which is all that a crop at training size can show, where a box filter would blur it; and it rings less than
+    Lanczos.
     """
     with images.opened(index) as (image, _):
         height, width = stored_size(image.height, image.width, side)
@@ -62,8 +63,11 @@ def decode(images: ImageTree, index: int, side: int) -> NDArray[np.uint8]:
 
 
 def checksum(values: NDArray) -> int:
-    """The sum of an array's 64-bit words and of the bytes that are left: a sixth of the time of CRC-32, which would
-    add a tenth to the decoding of a small JPEG; it is to find damage, not forgery."""
+    """Add up an array's 64-bit words and the bytes that are left, modulo 2**64.
+
+    That takes a sixth of the time of CRC-32, which would add a tenth to the decoding of a small JPEG. It is to find
+    damage, not forgery.
+    """
     octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
     whole = octets.size // 8 * 8
     return (int(octets[:whole].view(np.uint64).sum()) + int(octets[whole:].sum())) & (2**64 - 1)
@@ -99,16 +103,17 @@ class StoredImages:
         return self.__dict__ | {"mapped": None, "resident": None}  # a worker maps the file itself
 
     def pixels(self, index: int) -> Tensor:
-        """Image `index`, uint8 (H, W, 3): a view of the file, not to be written to."""
+        """Return image `index`, uint8 (H, W, 3): a view of the file, not to be written to."""
         return self.view(self.index[index].tolist())
 
     def view(self, row: Sequence[int]) -> Tensor:
-        """The image of a row of the index."""
+        """Return the image of a row of the index, as a view of the file."""
         offset, height, width, _ = row
         return self.flat[offset : offset + 3 * height * width].view(height, width, 3)
 
     @property
     def flat(self) -> Tensor:
+        """All pixels of the file, uint8 (bytes,), mapped into memory at the first use."""
         if self.mapped is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that it is read-only
@@ -125,8 +130,11 @@ class StoredImages:
         self.resident = resident.view(-1, 3)
 
     def damaged(self) -> bool:
-        """Whether any pixel differs from what was stored. Reads the whole file, which training wants in memory anyway;
-        not through the map, which would count as this process's memory."""
+        """Check whether any pixel differs from what was stored.
+
+        Reads the whole file, which training wants in memory anyway. It is not read through the map, because that would
+        count as this process's memory.
+        """
         buffer = np.empty(int((3 * self.index["height"] * self.index["width"]).max()), np.uint8)
         rows = tqdm(self.index.tolist(), "checking the decode cache", unit="images", delay=2, leave=False, disable=None)
         with open(self.path, "rb", buffering=0) as file:
@@ -139,7 +147,7 @@ class StoredImages:
 
 
 def read_header(path: str) -> dict[str, Any]:
-    """The header of a store file.
+    """Read the header of a store file.
 
     Raises:
         ValueError: not one, or one that was not finished.
@@ -154,6 +162,11 @@ def read_header(path: str) -> dict[str, Any]:
 
 
 def read_index(path: str, header: dict[str, Any]) -> NDArray:
+    """Read the index of a store file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     index = np.fromfile(path, INDEX, header["images"], offset=HEADER + header["bytes"])
     if checksum(index) != header["checksum"]:
         raise ValueError(f"the index of {path} is damaged")
@@ -161,7 +174,10 @@ def read_index(path: str, header: dict[str, Any]) -> NDArray:
 
 
 def open_store(path: str, images: ImageTree, check: bool = False) -> StoredImages | None:
-    """The store in `path`, None if there is none or it is damaged. check: look at every pixel."""
+    """Open the store in `path`; return None if there is none or it is damaged.
+
+    check: also compare every pixel with what was stored
+    """
     try:
         stored = StoredImages(path, images)
         return None if check and stored.damaged() else stored
@@ -177,7 +193,10 @@ class NoRoom(ConfigError):
 
 
 def store_name(images: ImageTree, side: int) -> str:
-    """A file name that changes with all a store is made from: names, sizes and times of the files, side, format."""
+    """Build a file name that changes with all that a store is made from.
+
+    That is the names, sizes and times of the files, the side and the format.
+    """
     key = hashlib.sha256(f"{FORMAT} {side}".encode())
     for path, _ in images.samples:
         status = os.stat(path)
@@ -190,8 +209,10 @@ def split_name(images: ImageTree) -> str:
 
 
 def estimate(images: ImageTree, side: int) -> int:
-    """Bytes of a store, from the sizes of up to 500 of its images: reading every header would take a good part of
-    the time of decoding."""
+    """Estimate the bytes of a store from the sizes of some of its images: all below 1,000, else 500 to 750.
+
+    Reading every header would take a good part of the time of decoding.
+    """
     step = max(1, len(images) // 500)
     sample = range(0, len(images), step)
     total = 0
@@ -203,7 +224,7 @@ def estimate(images: ImageTree, side: int) -> int:
 
 
 class Decoding(Dataset):
-    """Item i: image i decoded and written to `path`, at the next free place; its row of the index."""
+    """Item i: image i is decoded and written to `path`, at the next free place; the item is its row of the index."""
 
     def __init__(self, images: ImageTree, side: int, path: str):
         self.images = images
@@ -229,19 +250,22 @@ class Decoding(Dataset):
 
 
 def write_all(file: Any, content: memoryview) -> None:
+    """Write all of `content` to an unbuffered file."""
     while content:
         content = content[file.write(content) :]  # the system may take a part
 
 
 def full_or_same(error: OSError, path: str) -> Exception:
+    """Convert an error in writing to NoRoom if the disk is full, else to a ConfigError with its reason."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoRoom(f"decode_cache: no space is left in {os.path.dirname(path)}; give another folder, or off")
     return ConfigError(f"decode_cache: cannot write {path}: {error.strerror}; give another folder, or off")
 
 
 def build(path: str, images: ImageTree, side: int) -> None:
-    """Decode all `images` into a store file, on all cores. The file appears whole or not at all; if the machine
-    fails before the disk has it, its checksums tell.
+    """Decode all `images` into a store file, on all cores.
+
+    The file appears whole or not at all. If the machine fails before the disk has all of it, its checksums show that.
 
     Raises:
         ConfigError: an image is damaged; NoRoom: the disk is full. Nothing is left behind.
@@ -284,4 +308,5 @@ def build(path: str, images: ImageTree, side: int) -> None:
 
 
 def digest(root: str) -> str:
+    """Hash the absolute path of a folder, to 16 hexadecimal digits."""
     return hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:16]

@@ -29,9 +29,11 @@ LOCK = ".lock"  # held by whoever builds in the folder
 
 
 def store_side(config: Config) -> int:
-    """Short side of stored images, pixels: twice the largest training crop, and what evaluation resizes to, if
-    that is more. Smaller images stay as they are. `docs/performance.md` derives what this costs: nothing for
-    images up to this size, detail in the tightest crops of larger ones.
+    """Compute the short side of stored images, pixels.
+
+    It is twice the largest training crop, or what evaluation resizes to, if that is more. Smaller images stay as they
+    are. `docs/performance.md` derives what this costs: nothing for images up to this size, detail in the tightest crops
+    of larger ones.
     """
     largest = int(max(config.train_crop_size))
     evaluated = max(largest, config.val_crop_size) * config.val_resize_size / config.val_crop_size
@@ -40,8 +42,11 @@ def store_side(config: Config) -> int:
 
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Let only one process at a time build in `folder`. Where files cannot be locked (some network disks) two runs may
-    build the same file, and the later one replaces the other's."""
+    """Let only one process at a time build in `folder`.
+
+    Where files cannot be locked (some network disks) two runs may build the same file, and the later one replaces the
+    other's.
+    """
     lock = FileLock(os.path.join(folder, LOCK))
     with suppress(OSError, NotImplementedError):
         lock.acquire()
@@ -52,8 +57,11 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def remove_outdated(path: str, images: ImageTree) -> None:
-    """Remove stores of the same images and side as the one in `path`, made from files that have changed since, and
-    what a killed run has left."""
+    """Remove the stores that the one in `path` replaces, and what a killed run has left.
+
+    It replaces stores of the same images and side, made from files that have changed since. An unfinished file counts
+    as left by a killed run when it has not been written to for an hour.
+    """
     folder, name = os.path.split(path)
     start = name.rsplit("-", 1)[0] + "-"
     for other in os.listdir(folder):
@@ -70,13 +78,17 @@ def remove_outdated(path: str, images: ImageTree) -> None:
 
 
 def free_disk(folder: str) -> int:
+    """Find the bytes that are free on the disk of `folder`, which need not exist yet."""
     while not os.path.exists(folder):
         folder = os.path.dirname(os.path.abspath(folder))
     return shutil.disk_usage(folder).free
 
 
 def available_memory() -> int:
-    """Bytes that processes may still take, or the file cache give up: of the machine, or the container's limit."""
+    """Find the bytes of memory that processes may still take, what the file cache can give up included.
+
+    That is what the machine has available, or the limit of the container if that is less.
+    """
     found = [psutil.virtual_memory().available]
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError), open(limit, encoding="ascii") as file:  # "max": none
@@ -85,6 +97,7 @@ def available_memory() -> int:
 
 
 def writable(folder: str) -> bool:
+    """Check whether `folder` can be written to; create it if it is not there."""
     try:
         os.makedirs(folder, exist_ok=True)
         return os.access(folder, os.W_OK)
@@ -93,8 +106,10 @@ def writable(folder: str) -> bool:
 
 
 def candidates(config: Config, roots: Sequence[str]) -> list[str]:
-    """Folders a store may lie in, the preferred one first: beside the data, so that it serves everyone who sees
-    them; where that cannot be written, in torch's folder for downloads.
+    """List the folders that a store may lie in, the preferred one first.
+
+    With decode_cache auto that is beside the data, so that it serves everyone who sees them, and, where that cannot be
+    written, torch's folder for downloads.
 
     Raises:
         ConfigError: a folder was given that lies among the images, where it would be taken for a class.
@@ -116,9 +131,11 @@ def candidates(config: Config, roots: Sequence[str]) -> list[str]:
 
 
 def make_room(config: Config, images: dict[str, ImageTree], folders: Sequence[str], side: int) -> str | None:
-    """Have a whole store of every set in one of `folders`; or, with decode_cache auto, why there is none.
+    """Build the stores that are missing, so that every set has a whole one in one of `folders`.
 
     images: by the name of their file
+
+    Returns: None, or, with decode_cache auto, why not every set has one.
 
     Raises:
         ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
@@ -180,12 +197,15 @@ def discard_empty(folder: str) -> None:
 
 
 def human(size: float) -> str:
+    """Format a number of bytes in GiB or MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) -> Data:
-    """`data` with its images decoded once and kept, as decode_cache asks; unchanged where that is off, where auto
-    finds too little room, and for images that are in memory anyway.
+    """Replace the images of `data` by stored ones, decoded once, as decode_cache asks.
+
+    `data` stays unchanged where that is off, where auto finds too little room, and for images that are in memory
+    anyway.
 
     reserved: bytes of the GPU's memory that training will take beyond what it holds now
 

@@ -12,15 +12,21 @@ from utils import Runtime
 
 
 def ignore_signals(worker: int) -> None:
-    """For worker processes. Ctrl-C and a scheduler's SIGTERM reach the whole group of processes; the training process
-    decides, and still needs its workers for the step it is in."""
+    """Ignore SIGINT and SIGTERM in a worker process.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole group of processes. The training process decides what to do, and
+    still needs its workers for the step it is in.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def close_loader(loader: DataLoader) -> None:
-    """End the worker processes now. Left to garbage collection they linger into the next stage
-    (pytorch/pytorch#22133); torch has no public call for it."""
+    """End the worker processes of a loader now.
+
+    Left to garbage collection they linger into the next stage (pytorch/pytorch#22133); torch has no public call for
+    it.
+    """
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
@@ -29,7 +35,7 @@ def close_loader(loader: DataLoader) -> None:
 
 @contextmanager
 def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
-    """Within, use `loader`; afterwards its workers are gone, also if something was raised."""
+    """End the workers of `loader` after the block, also if something was raised in it."""
     try:
         yield loader
     finally:
@@ -37,6 +43,7 @@ def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
 
 
 def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any) -> DataLoader:
+    """Build a DataLoader whose workers, pinned memory and generator are set as this project needs them."""
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -49,4 +56,5 @@ def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any)
 
 
 def as_it_is(batch: Any) -> Any:
+    """Return a batch unchanged: the collate function for data sets that load whole batches."""
     return batch

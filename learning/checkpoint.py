@@ -39,7 +39,7 @@ class Checkpoint:
     ema_updates: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what a file holds; without EMA nothing of it."""
+        """Convert to what a file holds; without EMA its two fields are left out."""
         content = dict(vars(self), state=asdict(self.state), format=CHECKPOINT_FORMAT)
         if self.model_ema is None:
             del content["model_ema"], content["ema_updates"]
@@ -47,17 +47,19 @@ class Checkpoint:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Checkpoint":
-        """Read what `to_dict` gave.
+        """Build a checkpoint from what `to_dict` returned.
 
         Raises:
-            KeyError: something is missing; TypeError: something is there that this version does not know.
+            KeyError, TypeError: something is missing, or something is there that this version does not know.
         """
         parts = {name: value for name, value in content.items() if name != "format"}
         return cls(**parts | {"state": RunState(**parts["state"])})
 
     def save(self, path: str) -> None:
-        """Write the file; the one that was there becomes `checkpoint_previous.pth`, and a crash at any moment leaves a
-        whole one."""
+        """Write the checkpoint to `path`; keep the one that was there as `checkpoint_previous.pth`.
+
+        A crash at any moment leaves a whole one.
+        """
         write_safely(path, self.to_dict(), keep=previous_checkpoint(path))
 
     @classmethod
@@ -65,7 +67,7 @@ class Checkpoint:
         """Read a checkpoint of this project.
 
         Raises:
-            ConfigError: no such file, damaged, or something else.
+            ConfigError: no such file, damaged, not a checkpoint, or one of another version.
         """
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,12 +86,16 @@ class Checkpoint:
 
 
 def previous_checkpoint(path: str) -> str:
+    """Build the path that the checkpoint before the one in `path` is kept at."""
     stem, extension = os.path.splitext(path)
     return f"{stem}_previous{extension}"
 
 
 def write_safely(path: str, content: Any, keep: str | None = None) -> None:
-    """torch.save by way of a temporary file; the old file goes to `keep`, if given."""
+    """Save with torch.save by way of a temporary file, so that `path` never holds half a file.
+
+    keep: where the file that is in `path` goes; without it, that file is replaced
+    """
     try:
         with open(path + ".tmp", "wb") as file:
             torch.save(content, file)
@@ -113,8 +119,10 @@ class Stateful(Protocol):
 
 @contextmanager
 def undone(*parts: Stateful) -> Iterator[None]:
-    """Give every part (model, optimizer, scaler) afterwards the state it had before; kept on the CPU, so
-    that the device holds no more than in training."""
+    """Restore every part (model, optimizer, scaler) to its state before the block, once that ends.
+
+    The states are kept on the CPU, so that the device holds no more than in training.
+    """
     saved = [to_cpu(part.state_dict()) for part in parts]
     try:
         yield
@@ -125,7 +133,7 @@ def undone(*parts: Stateful) -> Iterator[None]:
 
 
 def to_cpu(state: Any) -> Any:
-    """A copy of nested state, its tensors on the CPU."""
+    """Copy nested state, its tensors to the CPU."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):

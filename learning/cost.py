@@ -10,10 +10,11 @@ from settings.errors import ConfigError, first_line
 
 
 def gflops_per_image(model: nn.Module, image_sizes: Sequence[int]) -> list[float]:
-    """Billions of multiply-adds of one image's forward pass at each size, as papers and torchvision
-    count them (EfficientNetV2-S at 384: 8.37).
+    """Count the billions of multiply-adds of one image's forward pass, at each size.
 
-    model: on the meta device, so that only shapes are computed; of no other use afterwards
+    They are counted as papers and torchvision do (EfficientNetV2-S at 384: 8.37).
+
+    model: on the meta device, so that only shapes are computed; of no other use afterwards, its batch norms are gone
 
     Raises:
         ConfigError: the model cannot take a size.

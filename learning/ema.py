@@ -30,14 +30,20 @@ class EMA:
         self.copied: tuple[list[Tensor], list[Tensor]] = [], []
 
     def begin_epoch(self, epoch: int, images_per_step: int) -> None:
-        """Take the decay of this epoch's steps. Weights from the warm-up are forgotten."""
+        """Set the decay for the steps of `epoch`.
+
+        In warm-up every update copies the weights instead, so that the average forgets those of the warm-up.
+        """
         config = self.config
         self.decay = ema_decay(config.model_ema_decay, images_per_step, config.model_ema_steps, config.epochs)
         self.restart = epoch < config.lr_warmup_epochs
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """average = decay * average + (1 - decay) * model; a copy the first time, and during warm-up."""
+        """Update the average to decay * average + (1 - decay) * model.
+
+        The first update copies the model, and so does every update during warm-up.
+        """
         if not self.averaged[0]:  # once: loading and training change these tensors in place
             ours, theirs = self.module.state_dict(), model.state_dict()
             floating = [name for name, value in ours.items() if value.is_floating_point()]
@@ -52,9 +58,10 @@ class EMA:
 
 
 def ema_decay(model_ema_decay: float, images_per_step: int, steps: int, epochs: int) -> float:
-    """Decay per update, from the reference's per-image setting: 1 - decay grows with the images between
-    two updates and shrinks with the length of the run. Worked out anew for each stage's batch size, so
-    that the average reaches back over the same number of images in all.
+    """Compute the decay per update from the reference's per-image setting.
+
+    1 - decay grows with the images between two updates and shrinks with the length of the run. It is computed anew for
+    each stage's batch size, so that the average reaches back over the same number of images in all stages.
 
     Source: torchvision references/classification, train.py (its comment derives the rule).
     """

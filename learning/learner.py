@@ -1,4 +1,4 @@
-"""What learns: the model, its EMA and optimizer, and the one step they take together."""
+"""The learner: the model, its EMA and optimizer, and the one step that they take together."""
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -21,8 +21,8 @@ from utils import Runtime
 class Learner:
     """The model and what changes with it at every step.
 
-    model: plain, on the device; `net` is the same weights as the steps call them, wrapped for several
-        processes and compiled
+    model: plain, on the device; `eager` is the same weights wrapped for several processes, `net` that one compiled if
+        asked for, as the steps call it
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Learner:
         return {"model": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
 
     def step(self, images: Tensor, targets: Tensor, net: nn.Module | None = None) -> Tensor:
-        """One training step; the loss, on the device, detached.
+        """Take one training step; return the loss, on the device and detached.
 
         images: (N, 3, S, S); targets: (N,) class numbers or (N, K) soft
-        net: another way to call the weights than `self.net`
+        net: called in place of `self.net`; it has the same weights
         """
         with self.runtime.autocast():
             loss = self.criterion((net or self.net)(images), targets)
@@ -68,8 +68,10 @@ class Learner:
         return loss.detach()
 
     def step_on_noise(self, image_size: int, batch_size: int, net: nn.Module | None = None) -> None:
-        """Take a step on noise, at full size: it takes the memory and finds the faults of a real one. The
-        caller undoes it (`undone`)."""
+        """Take a training step on noise, at full size, which the caller undoes (`undoing`).
+
+        It takes the memory of a real step and finds the same faults.
+        """
         device, memory_format = self.runtime.device, self.runtime.memory_format
         images = torch.randn(batch_size, 3, image_size, image_size, device=device).to(memory_format=memory_format)
         (net or self.net).train()
@@ -80,14 +82,14 @@ class Learner:
         self.runtime.synchronize()
 
     def undoing(self) -> AbstractContextManager[None]:
-        """Give a context after which weights, optimizer and scaler are as before it."""
+        """Return a context after which weights, optimizer and scaler are as before it."""
         return undone(self.model, self.optimizer, self.runtime.scaler)
 
     def enter_stage(self, image_size: int, batch_sizes: set[int]) -> None:
         """Compile for a stage: once for each size of batch, before the clock runs.
 
-        torch specialises on image size and drop rates, and stops compiling after a few variants of one
-        function; so the variants of the stage before are forgotten.
+        torch specialises on image size and drop rates, and stops compiling after a few variants of one function; so the
+        variants of the stage before are forgotten. Does nothing unless the run is compiled.
         """
         if self.compiled:
             torch.compiler.reset()
@@ -96,7 +98,7 @@ class Learner:
                     self.step_on_noise(image_size, batch_size)
 
     def checkpoint(self, state: RunState, config: Config, data: Data) -> Checkpoint:
-        """Gather everything a resume needs."""
+        """Gather everything that a resume needs, copied to the CPU."""
         parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.runtime.scaler}
         average = {} if self.ema is None else {"model_ema": to_cpu(self.ema.module.state_dict())}
         return Checkpoint(
@@ -112,7 +114,7 @@ class Learner:
         )
 
     def restore(self, checkpoint: Checkpoint) -> RunState:
-        """Take up where `checkpoint` was saved; say how far that is.
+        """Restore what `checkpoint` holds; return how far its run was.
 
         Raises:
             ConfigError: it has other weights or parameter groups.

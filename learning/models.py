@@ -49,15 +49,19 @@ XL_BLOCKS = (
 
 
 def scaled_channels(channels: int, width: float) -> int:
-    """`channels * width`, rounded to the nearest multiple of 8 (not torchvision's rule, which never
-    goes down by more than a tenth)."""
+    """Round `channels * width` to the nearest multiple of 8, at least 8.
+
+    This is not torchvision's rule, which never goes down by more than a tenth.
+    """
     return max(8, int(channels * width + 4) // 8 * 8)
 
 
 def efficientnet_v2(
     blocks: Sequence[tuple[bool, int, int, int, int, int]], width: float, depth: float, dropout: float, **kwargs: Any
 ) -> EfficientNet:
-    """An EfficientNetV2 of torchvision's own blocks; images (N, 3, S, S) to logits (N, num_classes).
+    """Build an EfficientNetV2 of torchvision's own blocks.
+
+    It maps images (N, 3, S, S) to logits (N, num_classes).
 
     width, depth: factors on channels and on layers per row; layers round up
     """
@@ -81,6 +85,8 @@ def efficientnet_v2(
 def register(
     name: str, blocks: Sequence[tuple[bool, int, int, int, int, int]], width: float, depth: float, dropout: float
 ) -> None:
+    """Register a model by name with torchvision, so that `get_model` builds it."""
+
     def build(*, weights: None = None, progress: bool = True, **kwargs: Any) -> EfficientNet:
         return efficientnet_v2(blocks, width, depth, kwargs.pop("dropout", dropout), **kwargs)
 
@@ -101,7 +107,7 @@ for _name, _row in EXTRA_MODELS.items():
 
 
 def available() -> list[str]:
-    """Names `build_model` takes."""
+    """List the names that `build_model` takes."""
     return sorted([*list_models(module=torchvision.models), *EXTRA_MODELS])
 
 
@@ -113,7 +119,7 @@ def check_model(config: Config) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless `name` is a model, naming the nearest ones that are."""
+    """Raise ConfigError unless `name` is a model; the message names the nearest ones."""
     names = available()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
@@ -128,7 +134,7 @@ def check_name(name: str) -> None:
 def build_model(
     name: str, num_classes: int, weights: dict[str, Tensor] | None = None, bn_momentum: float | None = None
 ) -> tuple[nn.Module, str]:
-    """The model, and a line that says what of `weights` (of `read_weights`) it holds.
+    """Build the model, and a line that says what of `weights` (of `read_weights`) it holds.
 
     The head is made for `num_classes` and keeps its Dropout. Auxiliary heads (GoogLeNet, Inception)
     are left out: training sees one output.
@@ -158,7 +164,7 @@ def build_model(
 
 
 def build_on_meta(name: str) -> nn.Module:
-    """The model for 1,000 classes as shapes alone: no memory, no time for weights."""
+    """Build the model for 1,000 classes as shapes alone, which takes no memory and no time for weights."""
     try:
         with torch.device("meta"):
             return build_model(name, 1000)[0]
@@ -167,7 +173,7 @@ def build_on_meta(name: str) -> nn.Module:
 
 
 def shrink_head(model: EfficientNet, num_classes: int) -> None:
-    """Start a head of few classes with weights as small as one of ImageNet's 1,000 has.
+    """Draw the weights of a head of few classes anew, as small as those of ImageNet's 1,000 classes.
 
     The published rule, uniform in +-1/sqrt(num_classes), was made for 1,000 classes. For 10 it gives logits
     of standard deviation 4: training spends its first epochs unlearning them (docs/differences.md).
@@ -195,11 +201,11 @@ def set_dropout(model: nn.Module, p: float) -> None:
 
 
 def remember_depth_shares(model: nn.Module) -> None:
-    """Note on each StochasticDepth its share of the model's drop probability p.
+    """Record on each StochasticDepth layer its share of the model's drop probability p.
 
     torchvision fixes the probabilities when it builds the model: block k of n gets p * k / n in an
     EfficientNet, so that the last one has a little less than p, and p * k / (n - 1) in the others, so
-    that the last one has p. The share outlives p = 0.
+    that the last one has p. The share is recorded because it cannot be read back once p was set to 0.
     """
     layers = [module for module in model.modules() if isinstance(module, StochasticDepth)]
     if layers:
@@ -210,7 +216,7 @@ def remember_depth_shares(model: nn.Module) -> None:
 
 
 def set_stochastic_depth(model: nn.Module, p: float) -> None:
-    """Set stochastic depth of `model`: block k drops with its share of `p`, the first never.
+    """Set the stochastic depth of `model`: block k drops with its share of `p`, the first never.
 
     Raises:
         ConfigError: the model has none, so the setting could not take effect.

@@ -21,8 +21,13 @@ EMBEDDINGS = ("class_token", "pos_embedding", "position_embedding", "relative_po
 def parameter_groups(
     model: nn.Module, weight_decay: float, norm: float | None, bias: float | None, embedding: float | None
 ) -> list[dict[str, Any]]:
-    """Trainable parameters by their weight decay. None: no rule for that kind. A bias of a
-    normalisation layer follows the rule for biases if there is one, as in the reference."""
+    """Group the trainable parameters by their weight decay.
+
+    norm, bias, embedding: weight decay of normalisation layers, of biases, and of a transformer's class token and
+        position embeddings; None: no rule for that kind, `weight_decay` applies
+
+    A bias of a normalisation layer follows the rule for biases if there is one, as in the reference.
+    """
     groups: dict[float, list[nn.Parameter]] = {weight_decay: []}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -39,6 +44,7 @@ def parameter_groups(
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer that the settings name, with its parameter groups."""
     groups = parameter_groups(
         model,
         config.weight_decay,
@@ -58,10 +64,11 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def learning_rate_schedule(config: Config) -> Callable[[float], float]:
-    """The learning rate at an epoch, a whole number or, with `lr_update: step`, a fraction.
+    """Build the learning rate as a function of the epoch.
 
-    A function of epochs alone: a stage's batch size moves no event of it, and a resumed run needs no
-    state. At whole epochs it gives what the reference's chain of torch schedulers gives.
+    The epoch is a whole number or, with `lr_update: step`, a fraction. The rate depends on epochs alone: a stage's
+    batch size moves none of its changes, and a resumed run needs no state. At whole epochs it is what the reference's
+    chain of torch schedulers gives.
     """
 
     def decayed(epoch: float) -> float:  # epochs since the end of warm-up
@@ -85,5 +92,6 @@ def learning_rate_schedule(config: Config) -> Callable[[float], float]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value

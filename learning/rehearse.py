@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 
 def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int) -> int:
-    """One whole training step of each stage on noise, then undone: what does not fit shows in the first
-    minute, not when its stage comes. The step is not compiled, which takes the most memory.
+    """Take one whole training step of each stage on noise, and undo it.
+
+    What does not fit shows in the first minute, not when its stage comes. The steps are not compiled: uncompiled ones
+    take the most memory.
 
     num_images: of the training set; a small one fills no batch
 
-    Returns: bytes of GPU memory that training takes at most, beyond what is held before and after; 0 elsewhere.
+    Returns: bytes of GPU memory that training takes at most, beyond what is held before and after; 0 without a CUDA
+        device.
 
     Raises:
         ConfigError: out of memory, or images too small for the model; names the stage and what to lower.
@@ -49,4 +52,5 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int) -> in
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Check whether an error says that a GPU or the CPU has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

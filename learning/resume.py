@@ -10,12 +10,12 @@ from utils import Runtime
 
 
 def find_checkpoint(config: Config, runtime: Runtime, own: str) -> Checkpoint | None:
-    """Find the checkpoint that the run continues from, None if it starts anew.
+    """Find the checkpoint that the run continues from; None if it starts anew.
 
     own: where a run in this output_dir saves its own
 
     `resume: auto` continues the very run in output_dir: every setting that shapes it must be the same. A
-    file by name starts a run of its own from that state, under the settings given; what differs is said.
+    file by name starts a run of its own from that state, under the settings given; a line tells which differ.
 
     Raises:
         ConfigError: none that can be read, or settings that do not fit it.
@@ -72,8 +72,10 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str) -> Checkpoint | 
 
 
 def check_store(checkpoint: Checkpoint, config: Config, data: Data) -> None:
-    """Raise ConfigError if a run would go on with other pixels: out of a decode-once store instead of the files, or
-    the other way round."""
+    """Raise ConfigError if the run in output_dir would go on with other pixels than before.
+
+    That is with images out of a decode-once store instead of the files, or the other way round.
+    """
     before = checkpoint.store_side
     if config.resume == "auto" and before != data.store_side:
         then, now = ("images of a decode-once store", "the files") if before else ("the files", "a decode-once store")
@@ -84,7 +86,10 @@ def check_store(checkpoint: Checkpoint, config: Config, data: Data) -> None:
 
 
 def check_data(checkpoint: Checkpoint, data: Data) -> None:
-    """Raise ConfigError unless the data set is the one the checkpoint was trained on, as far as it is known."""
+    """Raise ConfigError unless the data set is the one the checkpoint was trained on.
+
+    Compared are the classes and, if it was saved inside an epoch, the number of training images.
+    """
     if checkpoint.classes != data.classes:
         raise ConfigError(
             f"resume: the checkpoint has {len(checkpoint.classes)} classes, the data {len(data.classes)}, or with other names"

@@ -25,12 +25,17 @@ class TrainingLoss:
         self.bad_step = torch.tensor(-1, device=runtime.device)
 
     def add(self, loss: Tensor, num_images: int, step: int) -> None:
+        """Add the mean loss of a step; remember the first step whose loss is not finite."""
         self.sum += loss * num_images
         self.num_images += num_images
         self.bad_step = torch.where(torch.isfinite(loss) | (self.bad_step >= 0), self.bad_step, step)
 
     def read(self) -> float:
-        """Mean loss of this process so far. Waits for the device."""
+        """Compute the mean loss of this process so far; waits for the device.
+
+        Raises:
+            NonFiniteLoss: that of some step was not finite.
+        """
         if self.bad_step >= 0:
             raise NonFiniteLoss(
                 f"the loss is not finite in {self.title}, step {int(self.bad_step)}; lower lr, warm up longer, or set "
@@ -39,7 +44,11 @@ class TrainingLoss:
         return float(self.sum) / max(self.num_images, 1)
 
     def store(self, state: RunState) -> None:
-        """Put the sums over all processes into `state`."""
+        """Write the sums over all processes into `state`.
+
+        Raises:
+            NonFiniteLoss: as `read`.
+        """
         self.read()
         sums = self.runtime.sum(torch.stack([self.sum, torch.tensor(float(self.num_images), device=self.sum.device)]))
         state.loss_sum, state.num_images = float(sums[0]), int(sums[1])
@@ -58,7 +67,10 @@ class Score:
         self.counts: Tensor | None = None  # (K, K)
 
     def add(self, output: Tensor, targets: Tensor, loss: Tensor) -> None:
-        """output: (N, K) logits; targets: (N,); loss: mean over the batch"""
+        """Count the answers of one batch.
+
+        output: (N, K) logits; targets: (N,); loss: mean over the batch
+        """
         num_classes = output.shape[1]
         if self.counts is None:
             self.counts = torch.zeros(num_classes, num_classes, dtype=torch.long, device=output.device)
@@ -67,6 +79,7 @@ class Score:
         self.sums += torch.stack([loss.float() * len(targets), (first == targets[:, None]).sum()])
 
     def gather(self) -> "Score":
+        """Add up the counts of all processes and compute the figures; return self."""
         assert self.counts is not None, "a process without an image to evaluate"
         self.confusion = self.runtime.sum(self.counts).cpu()
         loss_sum, top5 = self.runtime.sum(self.sums).tolist()

@@ -28,7 +28,7 @@ class RunState:
     best_weights: str = "model"
 
     def note_best(self, scores: "Mapping[str, Score]") -> bool:
-        """Note the best of the copies just evaluated; say whether it is better than all before."""
+        """Note the best of the copies just evaluated; return whether it is better than all before."""
         before = self.best_top1
         for name, score in scores.items():
             if score.top1 > self.best_top1:
@@ -36,6 +36,7 @@ class RunState:
         return self.best_top1 > before
 
     def next_epoch(self) -> None:
+        """Go to the start of the next epoch: reset its step, sums and times."""
         self.epoch += 1
         self.step = self.num_images = 0
         self.loss_sum = self.train_seconds = self.wait_seconds = 0.0

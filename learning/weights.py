@@ -11,7 +11,9 @@ from settings.errors import ConfigError, first_line
 
 
 def find_weights(name: str, weights: str) -> Any:
-    """The torchvision weights enum member of a model: `DEFAULT`, `IMAGENET1K_V1`, or with the class in front.
+    """Find the member of a model's torchvision weights enum that `weights` names.
+
+    weights: `DEFAULT`, `IMAGENET1K_V1`, or such a name with the class in front
 
     Raises:
         ConfigError: the model has none of that name, and no such file exists.
@@ -30,7 +32,9 @@ def find_weights(name: str, weights: str) -> Any:
 
 
 def read_weights(name: str, weights: str) -> dict[str, Tensor]:
-    """State dict of a file (a bare state dict, or a checkpoint's `model_ema` or `model`) or of torchvision.
+    """Read a state dict from a file or from torchvision.
+
+    A file is a bare state dict, or a checkpoint, of which `model_ema` or else `model` is taken.
 
     Raises:
         ConfigError: not a file of weights, or it cannot be fetched.
@@ -57,8 +61,13 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, name: str, weights: dict[str, Tensor], num_classes: int) -> str:
-    """Load what fits, and say what was loaded and what was not. Only a head of another class count
-    and auxiliary heads may stay out."""
+    """Load the weights that fit; return a line that says what was loaded and what was not.
+
+    Only a head of another class count and auxiliary heads may stay out.
+
+    Raises:
+        ConfigError: weights of another architecture.
+    """
     state = {key: value for key, value in weights.items() if not key.startswith(("aux", "AuxLogits"))}
     own = model.state_dict()
     head = {
