@@ -22,19 +22,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Format a table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def stages_table() -> str:
-    """Show what changes from stage to stage in the paper's schedule on Imagenette."""
+    """Build the table of what changes from stage to stage in the paper's schedule on Imagenette."""
     heads, rows = make_plan(resolve(["--config", os.path.join(ROOT, "configs", "imagenette_s.yaml")])).table()
     changing = [i for i in range(len(heads)) if len({row[i] for row in rows}) > 1]
     return markdown([heads[i] for i in changing], [[row[i] for i in changing] for row in rows])
 
 
 def scheduled_table() -> str:
-    """Show the settings that may change from stage to stage."""
+    """Build the table of the settings that may change from stage to stage."""
     rows = []
     for name, schedule in SCHEDULES.items():
         row = SETTINGS[name]
@@ -44,7 +45,7 @@ def scheduled_table() -> str:
 
 
 def results_table() -> str:
-    """Show the finished runs kept in `results/`, one folder each, from their own files."""
+    """Build the table of the finished runs in `results/`, one folder each, from their own files."""
     rows = []
     folder = os.path.join(ROOT, "results")
     for name in sorted(os.listdir(folder)):
@@ -74,7 +75,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def with_table(text: str, name: str, content: str) -> str:
-    """Put a table between its marks in a page.
+    """Put a table between its marks in the text of a page, and return the text.
 
     Raises:
         ValueError: the page has no such marks.
@@ -87,6 +88,7 @@ def with_table(text: str, name: str, content: str) -> str:
 
 
 def write_tables(page: str, tables: dict[str, Callable[[], str]]) -> None:
+    """Write tables, given by name, between their marks in the file `page`."""
     with open(page, encoding="utf-8") as file:
         text = file.read()
     for name, table in tables.items():
@@ -96,6 +98,7 @@ def write_tables(page: str, tables: dict[str, Callable[[], str]]) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Write all tables, or, given the folder of a run, its report."""
     if not arguments:
         for page, tables in PAGES.items():
             write_tables(os.path.join(ROOT, page), tables)

@@ -34,6 +34,7 @@ Panel = tuple[str, Mapping[str, tuple[str, str]]]
 
 
 def as_svg(figure: plt.Figure) -> str:
+    """Write a figure as an <svg> element, and close the figure."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)

@@ -31,7 +31,11 @@ def confusion_file(weights: str) -> str:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run. What is written is whole at any moment; what is not there reads as None, or as nothing."""
+    """The folder of a run.
+
+    Text files and weights are written beside the old file and then take its place, so that they are whole at any
+    moment. Metrics, summary and confusions that are not there read as an empty list or None.
+    """
 
     path: str
 
@@ -46,7 +50,7 @@ class RunFolder:
         return self.at(CHECKPOINT)
 
     def held(self) -> list[str]:
-        """List the files that show that there is a run, those that `clear` removes."""
+        """List the files by which a folder holds a run; `clear` removes these."""
         return [
             name
             for name in (
@@ -62,12 +66,14 @@ class RunFolder:
             os.remove(self.at(name))
 
     def write(self, name: str, text: str) -> None:
+        """Write a text file by way of a temporary one; make its folder if need be."""
         os.makedirs(os.path.dirname(self.at(name)), exist_ok=True)
         with open(self.at(name) + ".tmp", "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(self.at(name) + ".tmp", self.at(name))
 
     def read_json(self, name: str) -> Any:
+        """Read a JSON file; None if it is not there."""
         try:
             with open(self.at(name), encoding="utf-8") as file:
                 return json.load(file)
@@ -93,18 +99,18 @@ class RunFolder:
         self.write(PLAN, json.dumps(plan.as_dict() | {"classes": list(classes)}))
 
     def picture(self, stage: int) -> str:
-        """Give the path of the augmented images of a stage."""
+        """Build the path of the picture that shows a stage's augmented images."""
         return self.at(f"report/stage_{stage}.png")
 
     def write_picture(self, stage: int, grid: Tensor) -> None:
-        """Keep a picture of augmented images, uint8 (3, H, W)."""
+        """Write the picture of a stage's augmented images, uint8 (3, H, W)."""
         os.makedirs(os.path.dirname(self.picture(stage)), exist_ok=True)
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.picture(stage))
 
     # ---- figures ----
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read the line of each epoch; a last one cut short by a crash is left out."""
+        """Read metrics.jsonl, a line for each epoch; leave out a last line that a crash cut short."""
         records = []
         if self.has(METRICS):
             with open(self.at(METRICS), encoding="utf-8") as file:
@@ -116,9 +122,11 @@ class RunFolder:
         return records
 
     def write_metrics(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write metrics.jsonl anew."""
         self.write(METRICS, "".join(json.dumps(record) + "\n" for record in records))
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append the line of an epoch to metrics.jsonl."""
         with open(self.at(METRICS), "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -129,7 +137,10 @@ class RunFolder:
         self.write(SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def confusion(self, weights: str) -> tuple[int, NDArray[np.int64]] | None:
-        """Read epoch and counts of what the "best" or the "last" weights confuse: (K, K), rows true."""
+        """Read the confusion matrix of the "best" or the "last" weights, and the epoch they are from.
+
+        Returns: epoch, counts (K, K), rows true; None if there are none.
+        """
         content = self.read_json(confusion_file(weights))
         return content and (content["epoch"], np.array(content["confusion"]))
 
@@ -142,12 +153,12 @@ class RunFolder:
         return torch.load(self.at(BEST), map_location="cpu", weights_only=True)
 
     def write_best_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep weights alone, under torchvision's names."""
+        """Write the weights alone, under torchvision's names."""
         write_safely(self.at(BEST), dict(weights))
 
 
 def check_folder(config: Config) -> RunFolder:
-    """Give the run's folder.
+    """Check that the run may use its output_dir, and return it.
 
     Raises:
         ConfigError: it holds a run that the settings would neither continue nor replace, or cannot be written to.

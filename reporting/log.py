@@ -23,7 +23,7 @@ REPORT_EVERY = 60.0  # seconds; drawing the page takes one or two
 
 
 class Dashboard:
-    """Where a run is shown besides its folder; here, nowhere. `tracking` has the one for ClearML.
+    """Where a run is shown besides its folder. This one shows nothing; `tracking` has the one for ClearML.
 
     ask_to_stop: called with a reason when someone wants the run to end early, saved
     """
@@ -31,13 +31,16 @@ class Dashboard:
     ask_to_stop: Callable[[str], None]
 
     def start(self, config: Config) -> None:
-        """Begin, or go on with what the run's folder holds already."""
+        """Begin to show a run, with what its folder holds already."""
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """Show a line of metrics.jsonl."""
+        """Show an epoch: its line of metrics.jsonl."""
 
     def best(self, epoch: int, confusion: Tensor) -> None:
-        """Note weights that evaluate better than all before; (K, K) counts, rows true."""
+        """Show an epoch whose weights evaluate better than all before.
+
+        confusion: (K, K) counts, rows true
+        """
 
     def finish(self) -> None:
         """Note that the run's folder is complete."""
@@ -46,30 +49,30 @@ class Dashboard:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Leave with the program, for whatever reason."""
+        """End what is shown when the program ends, for whatever reason."""
 
 
 class RunLog:
-    """The log of a process that writes none: every rank but 0."""
+    """The log of a process that writes nothing: that of every rank but 0."""
 
     def epoch(self, stage: Stage, state: RunState, learner: Learner, scores: Mapping[str, Score]) -> dict[str, Any]:
-        """Give an epoch's line of metrics."""
+        """Build the line of metrics of an epoch, and log it."""
         return epoch_record(stage, state, learner, scores)
 
     def save_best(self, learner: Learner, state: RunState, score: Score) -> None:
-        """Keep the weights that `state` calls the best, and what they confuse."""
+        """Save the weights that `state` calls the best, and their confusion matrix."""
 
     def save_checkpoint(self, learner: Learner, state: RunState, data: Data) -> None:
         """Save all that a resume needs."""
 
     def best_weights(self) -> dict[str, Tensor] | None:
-        """Read the weights that `save_best` kept, on the rank that has them."""
+        """Read the weights that `save_best` has saved; None on a rank that saves none."""
         return None
 
     def finish(
         self, state: RunState, learner: Learner, sizes: Mapping[str, int], closing: Mapping[int, Mapping[str, Score]]
     ) -> None:
-        """Write the run's outcome.
+        """Write the outcome of the run.
 
         sizes: what the closing evaluations were made at, by name, pixels
         closing: their scores, by size and by copy of the weights ("model", "ema", "best")
@@ -147,5 +150,6 @@ class FolderLog(RunLog):
         learner.runtime.say(f"top1 {summary['top1']:.2f}, {best}; see {self.folder.at(REPORT)}")
 
     def report(self) -> None:
+        """Write report.html, and set the time when it is due again."""
         self.folder.write(REPORT, report_page(self.folder))
         self.report_due = time.monotonic() + REPORT_EVERY

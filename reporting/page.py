@@ -80,7 +80,7 @@ def axes() -> list[str]:
 def settings_on(
     axis: str, used: Collection[str], settings: Mapping[str, Any], colours: Sequence[str]
 ) -> dict[str, tuple[str, str]]:
-    """Choose colour and label of each scheduled setting that is `used`, by its key in the records, for one graph."""
+    """Choose colour and label of each `used` scheduled setting on a graph, by its key in the records."""
     there = {name: schedule for name, schedule in COLUMNS.items() if schedule.axis == axis and name in used}
     scale = f", {settings['ra_scale']} scale" if "ra_magnitude" in there else ""
     return {
@@ -89,7 +89,7 @@ def settings_on(
 
 
 def as_data(path: str) -> str | None:
-    """Read a picture as an address that holds it whole."""
+    """Read a picture as a data URL, an address that holds the whole picture; None if it is not there."""
     if not os.path.exists(path):
         return None
     with open(path, "rb") as file:
@@ -97,7 +97,7 @@ def as_data(path: str) -> str | None:
 
 
 def stage_table(plan: Plan, records: Sequence[Mapping[str, Any]]) -> Table:
-    """Give the plan, with what each stage took and reached."""
+    """Build the table of the plan, with what each stage took and reached."""
     heads, rows = plan.table()
     for stage, row in zip(plan.stages, rows):
         seconds, speed = stage_speed(records, stage.index)
@@ -120,7 +120,7 @@ def accuracy_table(summary: Mapping[str, Any]) -> Table:
 
 
 def confusions(folder: RunFolder) -> dict[str, Any]:
-    """Give what the best weights confuse: a figure, or of many classes a table."""
+    """Build what shows the confusions of the best weights: a figure, or of many classes a table."""
     found, classes = folder.confusion("best"), folder.classes()
     if found is None:
         return {}
@@ -132,9 +132,11 @@ def confusions(folder: RunFolder) -> dict[str, Any]:
 
 
 def number(value: float | None, digits: int = 4) -> str:
+    """Format a number to so many significant digits; None as a dash."""
     return "–" if value is None else f"{value:.{digits}g}"
 
 
 def duration(seconds: float) -> str:
+    """Format seconds as minutes and seconds, from an hour on as hours and minutes."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"

@@ -12,7 +12,10 @@ from stages import Stage
 
 
 class Progress:
-    """An epoch on the terminal: a bar, or, where no one watches, a line every print_freq steps; a line at its end."""
+    """An epoch on the terminal.
+
+    It is a bar, or, where stderr is no terminal, a line every print_freq steps; and a line at its end.
+    """
 
     def __init__(self, stage: Stage, epoch: int, config: Config, first_step: int, num_steps: int, show: bool):
         self.title = f"stage {stage.index}, {stage.image_size} px, epoch {epoch + 1}/{config.epochs}"
@@ -23,7 +26,10 @@ class Progress:
         )
 
     def step(self, step: int, losses: TrainingLoss) -> None:
-        """A step is done. Only every print_freq of them is the device waited for, to read the loss."""
+        """Show that a step is done.
+
+        The loss is read only every print_freq steps, because reading it waits for the device.
+        """
         self.bar.update()
         if (step + 1) % self.print_freq == 0:
             loss = losses.read()  # on every process, so that all of them notice a loss that is not finite
@@ -33,6 +39,7 @@ class Progress:
                 print(f"{self.title} [{step + 1}/{self.num_steps}] loss {loss:.4f}", flush=True)
 
     def conclude(self, record: Mapping[str, Any]) -> None:
+        """Close the bar, and print the line of the epoch."""
         self.bar.close()
         if self.show:
             parts = [f"{name} {record[name]:.2f}" for name in ("top1", "top1_ema") if record[name] is not None]

@@ -21,7 +21,10 @@ from utils import Runtime
 
 
 def epoch_record(stage: Stage, state: RunState, learner: Learner, scores: Mapping[str, Score]) -> dict[str, Any]:
-    """An epoch's line of metrics.jsonl. None: not evaluated, not there on this device, or listed as not finite."""
+    """Build an epoch's line of metrics.jsonl.
+
+    None stands for what was not evaluated, is not there on this device, or is listed in `non_finite`.
+    """
     plain, average = scores.get("model"), scores.get("ema")
     # JSON has no infinity; a training loss that is not finite ends the run
     diverged = plain is not None and not math.isfinite(plain.loss)
@@ -53,7 +56,7 @@ def summarise(
     closing: Mapping[int, Mapping[str, Score]],
     records: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """A finished run's summary.json.
+    """Build a finished run's summary.json.
 
     sizes: what the last evaluations were made at, by name, pixels
     closing: their scores, by size and by copy of the weights ("model", "ema", "best")
@@ -108,7 +111,7 @@ def summarise(
 
 
 def stage_speed(records: Sequence[Mapping[str, Any]], index: int) -> tuple[float, float]:
-    """Seconds of training in a stage, and images per second over them."""
+    """Compute the seconds of training in a stage, and images per second over them."""
     seconds = images = 0.0
     for record in records:
         if record["stage"] == index:
@@ -118,13 +121,18 @@ def stage_speed(records: Sequence[Mapping[str, Any]], index: int) -> tuple[float
 
 
 def worst_confusions(matrix: np.ndarray, classes: Sequence[str], most: int = 20) -> list[tuple[str, str, int]]:
-    """True class, predicted class and images of the commonest mistakes, from a matrix (K, K), rows true."""
+    """List the commonest mistakes: true class, predicted class and number of images.
+
+    matrix: (K, K) images, rows true
+    most: number of mistakes that are listed
+    """
     wrong = matrix - np.diag(np.diag(matrix))
     order = np.argsort(wrong, axis=None)[::-1][:most]
     return [(classes[i // len(classes)], classes[i % len(classes)], int(wrong.flat[i])) for i in order if wrong.flat[i]]
 
 
 def versions(runtime: Runtime) -> dict[str, str | None]:
+    """List the versions of Python, the libraries and the system."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -141,7 +149,10 @@ def device_name(runtime: Runtime) -> str:
 
 
 def host_memory_gib() -> float | None:
-    """Most memory the training process has held, GiB, workers left out; None where the system does not count it."""
+    """Find the most memory that the training process has held, GiB, workers left out.
+
+    Returns: None where the system does not count it.
+    """
     # psutil has no peak on Linux, whose getrusage begins at that of the program that started this one.
     if os.path.exists("/proc/self/status"):
         with open("/proc/self/status", encoding="ascii") as file:
@@ -155,7 +166,7 @@ def host_memory_gib() -> float | None:
 
 
 def commit() -> str | None:
-    """The commit of this code, `-dirty` if it was changed since; None outside a clone."""
+    """Find the commit of this code, `-dirty` if it was changed since; None outside a clone."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"],

@@ -14,8 +14,9 @@ from tracking.session import Session, import_session
 
 
 def upload(folder: str) -> None:
-    """Send what a server does not have yet of the run in `folder`: an offline session, or the rest of a task
-    whose server went away. Sending it twice changes nothing.
+    """Send what a server does not have yet of the run in `folder`.
+
+    That is an offline session, or the rest of a task whose server went away. Sending it twice changes nothing.
 
     Raises:
         ConfigError: no tracked run there, one that still runs, no server, or a task that it does not know.
@@ -54,6 +55,7 @@ def upload(folder: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Carry out the command line; return the exit status: 0 sent, 1 failed, 2 what the user can mend."""
     if len(argv) != 2 or argv[0] != "upload":
         print("usage: python -m tracking upload OUTPUT_DIR", file=sys.stderr)
         return 2

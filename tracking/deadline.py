@@ -12,7 +12,10 @@ PATIENCE = 3.0  # seconds of waiting before the server is asked whether it is st
 
 
 def watched(work: Callable[[], None], limit: float, trouble: Callable[[], Any]) -> bool:
-    """Do `work` in a thread; False if it takes longer than `limit` seconds, or there is `trouble` twice in a row."""
+    """Do `work` in a thread for at most `limit` seconds, and return whether it was finished.
+
+    trouble: asked every few seconds whether something is wrong; two times in a row end the waiting, too
+    """
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     deadline, silent = time.monotonic() + limit, 0
@@ -26,7 +29,10 @@ def watched(work: Callable[[], None], limit: float, trouble: Callable[[], Any]) 
 
 @contextmanager
 def never_fatal(consequence: str) -> Iterator[None]:
-    """A failure within is told in a line, and is no failure of the run."""
+    """Print any error within the block in one line and go on: it is no failure of the run.
+
+    consequence: what the error leads to, in words
+    """
     try:
         yield
     except Exception as error:  # of the SDK, the network, the server: anything
@@ -38,13 +44,17 @@ abandoned = False  # a thread that waits for a server
 
 
 def abandon(line: str) -> None:
+    """Print `line`, and note that a thread still waits for a server: `exit_now` will not wait for it."""
     global abandoned
     abandoned = True
     print(line, flush=True)
 
 
 def exit_now(code: int) -> NoReturn:
-    """sys.exit; but not even Python's own end of threads waits for a server that is gone."""
+    """End the program with status `code`, as sys.exit does unless a thread was abandoned.
+
+    In that case the process ends at once: Python's own end would wait for threads, and so for a server that is gone.
+    """
     if abandoned:
         for stream in (sys.__stdout__, sys.__stderr__):
             if stream is not None:

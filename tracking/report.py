@@ -1,4 +1,4 @@
-"""What a task is told of a run."""
+"""Reports of a run to a ClearML task."""
 
 import math
 import os
@@ -37,7 +37,7 @@ SINGLE_VALUES = (
 
 
 class TaskReport:
-    """A run, told to a ClearML task from what its folder holds. Telling it again changes nothing.
+    """The reports of a run to a ClearML task, from what its folder holds. Repeating them changes nothing.
 
     folder: the run's
     no_files: why the server takes no files now, None if it does
@@ -52,7 +52,7 @@ class TaskReport:
         self.classes = folder.classes()
 
     def so_far(self) -> None:
-        """The stages, what augmentation does in them, and the epochs there are."""
+        """Report the stages, pictures of what augmentation does in them, and the epochs there are."""
         heads, rows = self.plan.table()
         self.logger.report_table("plan", "stages", iteration=0, table_plot=[heads, *rows])
         for stage in self.plan.stages:
@@ -64,7 +64,7 @@ class TaskReport:
             self.epoch(record)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl; the epoch, counted from 0, is the iteration."""
+        """Report a line of metrics.jsonl; the epoch, counted from 0, is the iteration."""
         for name, (title, series) in SCALARS.items():
             value = record.get(name)
             if value is not None and math.isfinite(value):  # the SDK would send 0 for what is not finite
@@ -73,7 +73,10 @@ class TaskReport:
             self.logger.report_scalar("non_finite", name, 1, record["epoch"])
 
     def confusion(self, series: str, epoch: int, matrix: np.ndarray) -> None:
-        """matrix: (K, K) images, rows true, columns predicted. Of many classes those least often right."""
+        """Report accuracy per class and the confusion matrix, of many classes those least often right.
+
+        matrix: (K, K) images, rows true, columns predicted
+        """
         right, all_of = matrix.diagonal(), matrix.sum(axis=1)
         accuracy = 100 * right / np.maximum(all_of, 1)
         rows = [[name, int(n), f"{share:.2f}"] for name, n, share in zip(self.classes, all_of, accuracy)]
@@ -91,7 +94,7 @@ class TaskReport:
         )  # fmt: skip
 
     def outcome(self) -> None:
-        """What the best and the last weights confuse, and a finished run's figures."""
+        """Report what the best and the last weights confuse, and the figures of a finished run."""
         for series in ("best", "last"):
             found = self.folder.confusion(series)
             if found is not None:
@@ -104,12 +107,13 @@ class TaskReport:
                     self.logger.report_single_value(name, figures[name])
 
     def artifacts(self) -> None:
+        """Upload summary, metrics and report, as far as they are there; waits for it."""
         for name in ARTIFACTS:
             if self.folder.has(name):
                 self.task.upload_artifact(name, artifact_object=self.folder.at(name), wait_on_upload=True)
 
     def models(self) -> None:
-        """Upload the best and the last weights, and register them. Waits for it; a server is needed."""
+        """Upload the best and the last weights, and register them; waits for it, and needs a server."""
         records = self.folder.metrics()
         best = self.folder.confusion("best")
         if best is not None:
@@ -118,6 +122,7 @@ class TaskReport:
             self.model("last", CHECKPOINT, records[-1]["epoch"], "everything that --resume continues from")
 
     def model(self, name: str, file: str, epoch: int, comment: str) -> None:
+        """Upload one file of weights and register it, under the same model as before if there is one."""
         if not self.folder.has(file):
             return
         title = f"{self.task.name} {name}"

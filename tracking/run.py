@@ -37,10 +37,10 @@ CLOSE_SECONDS = 900.0  # for the uploads of a run, as long as the server answers
 
 
 def find_dashboard(config: Config) -> Dashboard:
-    """What the run reports to, by `clearml`: auto, online, offline or off.
+    """Choose what the run reports to, by `clearml`: auto, online, offline or off.
 
     Raises:
-        ConfigError: `online`, and no server that answers.
+        ConfigError: a name is too short, the package is missing, or `online` finds no server that answers.
     """
     if config.clearml == "off" or config.test_only or os.environ.get("RANK", "0") != "0":
         return Dashboard()
@@ -77,6 +77,7 @@ class ClearML(Dashboard):
         self.best_due = 0.0
 
     def start(self, config: Config) -> None:
+        """Make or continue the task; where that fails, print why, and the run goes on unreported."""
         made: list[TaskReport] = []
 
         def begin() -> None:
@@ -96,8 +97,11 @@ class ClearML(Dashboard):
         return f"python -m tracking upload {shlex.quote(self.folder.path)}"
 
     def begin(self, config: Config) -> TaskReport:
-        """Make or continue the task, and tell it all there is. Not in the main thread: only that one can set handlers
-        of signals, and the SDK's would swallow SIGTERM and spin on a segmentation fault."""
+        """Make or continue the task, and report all there is.
+
+        Not in the main thread: only that one can set handlers of signals, and the SDK's would swallow SIGTERM and
+        spin on a segmentation fault.
+        """
         session = self.session
         if not session.hold():
             raise RuntimeError(f"another run or upload uses {session.root}")
@@ -152,6 +156,7 @@ class ClearML(Dashboard):
                 self.report.epoch(record)
 
     def best(self, epoch: int, confusion: Tensor) -> None:
+        """Report the confusions of the best weights so far, at most once a minute."""
         # Early on every epoch is the best; the end sends the one that stays.
         if self.report is not None and time.monotonic() >= self.best_due:
             self.best_due = time.monotonic() + 60
@@ -162,7 +167,10 @@ class ClearML(Dashboard):
         self.finished = True
 
     def abort(self) -> None:
-        """Someone pressed Abort. The SDK kills the process when this returns, so it waits for the end of the run."""
+        """Ask training to stop, because someone pressed Abort, and wait for the end of the run.
+
+        The SDK kills the process when this returns.
+        """
         self.aborted = True
         self.ask_to_stop("aborted in ClearML")
         self.closed.wait(ABORT_SECONDS)
@@ -209,7 +217,10 @@ class ClearML(Dashboard):
                     ended.mark_failed(force=True, status_reason=type(error).__name__, status_message=message)
 
     def in_time(self, work: Callable[[], None], limit: float) -> bool:
-        """Do `work` in a thread; False if the server went away meanwhile, and the thread is left behind."""
+        """Do `work` in a thread; return False if it took over `limit` seconds or the server went away.
+
+        The thread is then left behind.
+        """
         if self.offline_because is not None:
             return watched(work, limit, lambda: None)
         takes_files = self.report is None or self.report.no_files is None
@@ -217,7 +228,7 @@ class ClearML(Dashboard):
 
 
 def requirements() -> Iterator[tuple[str, str]]:
-    """The packages of requirements.txt, and their versions here: what an agent installs."""
+    """Yield the packages of requirements.txt with their versions here: what an agent installs."""
     with open(os.path.join(ROOT, "requirements.txt"), encoding="utf-8") as file:
         for line in file:
             name = re.match(r"[\w-]+", line)
@@ -227,7 +238,10 @@ def requirements() -> Iterator[tuple[str, str]]:
 
 
 def upload_uri() -> str | bool:
-    """Where the user's clearml.conf wants models to go; else the server's own files."""
+    """Find where models go: to the place that the user has configured, else to the server's own files.
+
+    The environment variable CLEARML_DEFAULT_OUTPUT_URI comes before clearml.conf.
+    """
     from clearml.config import config_obj
 
     configured = config_obj.get("sdk.development.default_output_uri", None)

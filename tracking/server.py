@@ -10,12 +10,15 @@ PROBE_SECONDS = 3.0
 
 
 def on_agent() -> bool:
-    """Whether this process runs a task that exists already: started by a clearml-agent, or by an optimizer."""
+    """Check whether this process runs a task that exists already.
+
+    A clearml-agent or an optimizer has started it then.
+    """
     return bool(os.environ.get("CLEARML_TASK_ID"))
 
 
 def load_sdk() -> Any:
-    """The module `clearml`, with the settings that make it close at once."""
+    """Import and return the module `clearml`, with the settings that make it close at once."""
     os.environ.setdefault("CLEARML_CONFIG_PATH", os.path.join(ROOT, "configs", "clearml"))
     import clearml
 
@@ -23,7 +26,7 @@ def load_sdk() -> Any:
 
 
 def find_task(task_id: str) -> Any:
-    """A task of the server by its id, None if it has none."""
+    """Find a task of the server by its id; None if the server has none."""
     try:
         return load_sdk().Task.get_task(task_id=task_id)
     except ValueError:
@@ -31,12 +34,15 @@ def find_task(task_id: str) -> Any:
 
 
 def fail(task: Any, message: str) -> None:
-    """The task ends as failed, for the reason that the terminal says too."""
+    """Mark a task as failed, for the reason that the terminal shows too."""
     task.mark_failed(force=True, status_reason="wrong settings", status_message=message)
 
 
 def why_no_server(timeout: float = PROBE_SECONDS) -> str | None:
-    """None if the configured server answers in time and takes the keys; else what is wrong, in a few words."""
+    """Find out why the configured server cannot be used, in a few words.
+
+    Returns: None if it answers in time and takes the keys.
+    """
     load_sdk()
     from clearml.backend_api import Session
     from clearml.backend_api.session.defs import ENV_ACCESS_KEY, ENV_AUTH_TOKEN, ENV_SECRET_KEY
@@ -61,7 +67,10 @@ def why_no_server(timeout: float = PROBE_SECONDS) -> str | None:
 
 
 def why_no_files(timeout: float = PROBE_SECONDS) -> str | None:
-    """None if the server's store of files answers, whatever it says; else what is wrong with it."""
+    """Find out what is wrong with the server's store of files.
+
+    Returns: None if it answers, with whatever status.
+    """
     load_sdk()
     from clearml.backend_api import Session
 
@@ -71,7 +80,7 @@ def why_no_files(timeout: float = PROBE_SECONDS) -> str | None:
 
 
 def ask(address: str, keys: tuple[str, str] | None, timeout: float) -> int | str:
-    """The HTTP status that `address` answers with in time, or why there is none."""
+    """Request `address`; return the HTTP status it answers with in time, or why there is none."""
     from clearml.config import config_obj
 
     answer: list[int | str] = [f"did not answer within {timeout:g} s"]

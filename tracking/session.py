@@ -34,7 +34,10 @@ class Session:
         return os.path.join(self.root, "offline", str(self.offline))
 
     def hold(self) -> bool:
-        """Whether no other process of this machine has the session; then it is this one's until it ends."""
+        """Take the session for this process; return False if another one of this machine has it.
+
+        It is this process's until that ends.
+        """
         os.makedirs(self.root, exist_ok=True)
         self.lock = open(os.path.join(self.root, "lock"), "w")  # noqa: SIM115, closed with the process
         try:
@@ -48,6 +51,7 @@ class Session:
         return True
 
     def note(self, task_id: str) -> None:
+        """Write down the id of the task that the run now has, online or offline."""
         if task_id.startswith("offline"):
             self.offline = task_id
         else:
@@ -58,19 +62,22 @@ class Session:
         self.folder.write(TASK, json.dumps({"online": self.online, "offline": self.offline}))
 
     def drop_offline(self) -> None:
+        """Remove the offline session."""
         shutil.rmtree(os.path.join(self.root, "offline"), ignore_errors=True)
         self.offline = None
         self.write()
 
     def forget(self) -> None:
-        """Of a run that starts anew in this folder."""
+        """Forget the tasks of an earlier run, where a run starts anew in this folder."""
         self.online = None
         self.drop_offline()
 
 
 def import_session(session: Session) -> str:
-    """Send an offline session to the server and remove it; the id of its task there. Sent again after a failure, it
-    goes into the same task."""
+    """Send an offline session to the server and remove it; return the id of its task there.
+
+    Sent again after a failure, it goes into the same task.
+    """
     Task = load_sdk().Task
     for name in ("metrics.jsonl", "log.jsonl"):
         drop_half_line(os.path.join(session.offline_folder, name))
@@ -78,6 +85,7 @@ def import_session(session: Session) -> str:
     class Importer(Task):  # type: ignore[misc, valid-type]
         @classmethod
         def import_task(cls, *args: Any, **kwargs: Any) -> Any:
+            """Import the session into the task that an earlier attempt made, else into a new one."""
             task = find_task(session.online) if session.online else None
             if task is None:
                 task = super().import_task(*args, **kwargs)
@@ -91,7 +99,10 @@ def import_session(session: Session) -> str:
 
 
 def drop_half_line(path: str) -> None:
-    """A process that was killed may leave its last line cut short; the SDK cannot read that."""
+    """Remove lines that are cut short from a file of JSON lines, because the SDK cannot read them.
+
+    A process that was killed may leave such a last line.
+    """
     if not os.path.exists(path):
         return
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -18,7 +18,9 @@ NOT_SETTINGS = ("config", "plan", *CLEARML)  # how this very process was started
 
 
 def find_settings(argv: Sequence[str], check: Callable[[Config], None]) -> Config:
-    """Resolve the settings of a run; a task on an agent takes those it was cloned with, and what was changed in it.
+    """Resolve the settings of a run, on an agent from its task.
+
+    A task on an agent takes the settings that it was cloned with, and what was changed in it.
 
     check: raises ConfigError for what the table of settings cannot know
 
@@ -48,8 +50,13 @@ def find_settings(argv: Sequence[str], check: Callable[[Config], None]) -> Confi
 
 
 def settings_of(task: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """The settings that a task was made with, None if it was not made by a run; and those of its fields that say
-    something else."""
+    """Read the settings that a task was made with, and those of its fields that say something else.
+
+    The first are None if the task was not made by a run.
+
+    Raises:
+        ConfigError: the record of the settings was changed, instead of the fields.
+    """
     record = task.get_configuration_object("config")
     base: dict[str, Any] | None = None
     if record:
@@ -73,6 +80,7 @@ def settings_of(task: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 
 
 def send_settings(task: Any, config: Config) -> None:
+    """Send the settings to a task: whole, as a record, and as fields that can be changed in a clone."""
     values = {name: value for name, value in config.as_dict().items() if name not in NOT_SETTINGS}
     body = yaml.safe_dump(values, sort_keys=False)
     source = config.config or "the command line"
