@@ -1,8 +1,7 @@
-"""What happens to an image in a stage: the training preset, for one image and for batches, the evaluation preset,
-mixup and cutmix.
+"""What happens to an image in a stage: training presets, the evaluation preset, mixup and cutmix.
 
-Transforms of one image draw from torch's default CPU generator, which `images/sources.py` sets from (seed, epoch,
-index); so an image's augmentation depends on nothing else.
+There is a training preset for one image and one for batches. Transforms of one image draw from torch's default CPU
+generator, which `images/sources.py` sets from (seed, epoch, index); so an image's augmentation depends on nothing else.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,9 @@ def train_preset(
     backend: str = "pil",
     use_v2: bool = False,
 ) -> v1.Compose:
-    """A PIL image, of any mode and perhaps not decoded yet, to a normalised float32 tensor
+    """Build the training transform of a stage, for one image.
+
+    It turns a PIL image, of any mode and perhaps not decoded yet, into a normalised float32 tensor
     (3, image_size, image_size): random resized crop, flip, policy, normalise, random erase; the reference's order.
 
     use_v2: take torchvision's own transforms from `transforms.v2`; the distribution is the same
@@ -71,8 +72,10 @@ def train_preset(
 def eval_preset(
     *, crop_size: int, resize_size: int, interpolation: str = "bilinear", backend: str = "pil", use_v2: bool = False
 ) -> v1.Compose:
-    """An RGB PIL image to a normalised float32 tensor (3, crop_size, crop_size): short side to
-    `resize_size`, centre crop, normalise."""
+    """Build the evaluation transform: short side to `resize_size`, centre crop, normalise.
+
+    It turns an RGB PIL image into a normalised float32 tensor (3, crop_size, crop_size).
+    """
     lib: Any = v2 if use_v2 else v1
     steps = [lib.PILToTensor()] if backend == "tensor" else []
     steps += [
@@ -83,8 +86,11 @@ def eval_preset(
 
 
 class BatchPreset:
-    """A stage's training preset for batches, in two parts: where to crop and whether to flip, which whoever holds the
-    pixels applies, and `finish`, on the device."""
+    """A stage's training preset for batches, in two parts.
+
+    `boxes` and `flips` say where to crop and whether to flip, which whoever holds the pixels applies. `finish` does the
+    rest, on the device.
+    """
 
     def __init__(
         self,
@@ -103,14 +109,15 @@ class BatchPreset:
         self.hflip_prob = hflip_prob
 
     def boxes(self, draws: Array, heights: NDArray, widths: NDArray) -> Boxes:
-        """Where to crop images of these sizes, (N, 4)."""
+        """Choose where to crop images of these sizes: (N, 4)."""
         return crop_boxes(draws[:, CROP], heights, widths, self.crop_scale)
 
     def flips(self, draws: Array) -> NDArray[np.bool_]:
+        """Choose which images to flip: (N,)."""
         return draws[:, FLIP] < self.hflip_prob
 
     def finish(self, images: Tensor, draws: Array) -> Tensor:
-        """Policy, normalise, erase: uint8 (N, 3, S, S) to float32.
+        """Apply policy, normalise and erase: uint8 (N, 3, S, S) to float32.
 
         draws: (N, NUM_DRAWS)
         """
@@ -135,7 +142,7 @@ class BatchPreset:
 
 
 def stage_preset(config: Config, stage: "Stage", on_device: bool) -> v1.Compose | BatchPreset:
-    """Make the training preset of a stage: of one image, or of batches on the device."""
+    """Build the training preset of a stage: of one image, or of batches on the device."""
     shared: dict[str, Any] = dict(
         image_size=stage.image_size,
         ra_magnitude=stage.ra_magnitude,
@@ -157,10 +164,12 @@ def stage_preset(config: Config, stage: "Stage", on_device: bool) -> v1.Compose 
 
 
 def batch_mix(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> nn.Module | None:
-    """Mixup or cutmix of a batch, one of the two per batch if both alphas are above 0; None if neither is.
+    """Build mixup or cutmix of a batch, one of the two per batch if both alphas are above 0.
 
     It takes images (N, 3, S, S) and class numbers (N,), and gives images and soft targets (N, K). Its draws
     come from the CPU generator, so nothing waits for the device. Label smoothing is the loss's.
+
+    Returns: None if neither alpha is above 0.
 
     Source: arXiv:1710.09412 (mixup), arXiv:1905.04899 (cutmix).
     """

@@ -48,7 +48,7 @@ class Stage:
     batch_size: int
 
     def settings(self) -> dict[str, Any]:
-        """What goes from stage to stage, by name: for logs and tables."""
+        """Collect what may change from stage to stage, by name: for logs and tables."""
         return {name: getattr(self, name) for name in COLUMNS}
 
 
@@ -62,7 +62,7 @@ COLUMNS = {
 
 
 def stage_value(first: float, last: float, index: int, num_stages: int) -> float:
-    """A setting in stage `index`: `first` in stage 0, `last` in the last stage.
+    """Compute a setting's value in stage `index`: `first` in stage 0, `last` in the last stage.
 
     stage_value(128, 300, 1, 4) == 185.33..., left unrounded for the caller.
 
@@ -80,8 +80,9 @@ def stage_value(first: float, last: float, index: int, num_stages: int) -> float
 
 
 def released_image_size(first: float, last: float, index: int, num_stages: int) -> float:
-    """Image size of stage `index` as the paper's released code has it: a step ahead of the paper,
-    never `first` itself (128 to 300 in four stages: 171, 214, 257, 300).
+    """Compute the image size of stage `index` by the rule of the paper's released code.
+
+    It is a step ahead of the paper, never `first` itself (128 to 300 in four stages: 171, 214, 257, 300).
 
     Source: google/automl, efficientnetv2/main_tf2.py.
     """
@@ -89,7 +90,7 @@ def released_image_size(first: float, last: float, index: int, num_stages: int) 
 
 
 def spread(values: Sequence[float], num_stages: int) -> list[float]:
-    """A scheduled setting in every stage, from one value, first and last, or one per stage."""
+    """Spread a scheduled setting over the stages, from one value, first and last, or one per stage."""
     if len(values) == num_stages:
         return list(values)
     if len(values) == 1:
@@ -99,8 +100,10 @@ def spread(values: Sequence[float], num_stages: int) -> list[float]:
 
 
 def stage_epochs(config: Config) -> list[range]:
-    """Which epochs belong to which stage: `stage_epochs` if set, else N // M each, the remainder
-    spread evenly (350 epochs in 4 stages: 87, 88, 87, 88)."""
+    """Divide the epochs among the stages.
+
+    By `stage_epochs` if set, else N // M each, the remainder spread evenly (350 epochs in 4 stages: 87, 88, 87, 88).
+    """
     num_stages, num_epochs = config.stages, config.epochs
     if config.stage_epochs is None:
         bounds = [i * num_epochs // num_stages for i in range(num_stages + 1)]
@@ -110,7 +113,7 @@ def stage_epochs(config: Config) -> list[range]:
 
 
 def plan_stages(config: Config) -> list[Stage]:
-    """Work out the stages of a run.
+    """Compute the stages of a run.
 
     Sizes round down to whole pixels, or to a multiple of `image_size_multiple`; batch sizes to
     whole images; strengths, probabilities and alphas stay as they come.
@@ -130,7 +133,10 @@ def plan_stages(config: Config) -> list[Stage]:
 
 
 def values_of(config: Config, name: str) -> list[Any]:
-    """Spread the scheduled setting `name` over the stages; None in all of them where it is unset or does nothing."""
+    """Compute the values of scheduled setting `name` in the stages.
+
+    They are None in all stages where the setting is unset or does nothing.
+    """
     given = getattr(config, name)
     if given is None or config.idle(name):
         return [None] * config.stages
@@ -156,6 +162,7 @@ class Plan:
         return spent / (sum(epochs) * self.gflops_per_image[-1])
 
     def stage_of(self, epoch: int) -> Stage:
+        """Find the stage that an epoch belongs to."""
         return next(stage for stage in self.stages if epoch in stage.epochs)
 
     def ahead(self, epoch: int) -> list[Stage]:
@@ -163,7 +170,7 @@ class Plan:
         return [stage for stage in self.stages if stage.epochs.stop > epoch]
 
     def as_dict(self) -> dict[str, Any]:
-        """Give plain values, for `--plan json` and files; `last_epoch` is exclusive."""
+        """Convert to plain values, for `--plan json` and files; `last_epoch` is exclusive."""
         rows = [
             {"index": stage.index, "first_epoch": stage.epochs.start, "last_epoch": stage.epochs.stop}
             | stage.settings()
@@ -174,7 +181,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Plan":
-        """Read what `as_dict` gave, of an older version too: settings it did not know are None."""
+        """Read what `as_dict` returned, of an older version too: settings it did not know are None."""
         stages = [
             Stage(
                 index=row["index"],
@@ -186,7 +193,7 @@ class Plan:
         return cls(stages, [row["gflops_per_image"] for row in content["stages"]])
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Give headings and rows as text; epochs counted from 1."""
+        """Format headings and rows as text; epochs are counted from 1."""
         rows = []
         for stage, gflops in zip(self.stages, self.gflops_per_image):
             shown = [schedule.show(getattr(stage, name)) for name, schedule in COLUMNS.items()]
@@ -195,7 +202,7 @@ class Plan:
         return ["stage", "epochs", *(schedule.heading for schedule in COLUMNS.values()), "GFLOPs/image"], rows
 
     def __str__(self) -> str:
-        """Give the plan as a table for a terminal."""
+        """Format the plan as a table for a terminal."""
         heads, rows = self.table()
         widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [heads, *rows]]
@@ -207,7 +214,7 @@ class Plan:
 
 
 def make_plan(config: Config) -> Plan:
-    """Plan a run, with its cost.
+    """Plan the stages of a run, and compute what they cost.
 
     Raises:
         ConfigError: the model cannot take an image size, or has nothing that a drop rate could act on.
@@ -220,6 +227,7 @@ def make_plan(config: Config) -> Plan:
 
 
 def set_drop_rates(model: nn.Module, stage: Stage) -> None:
+    """Set the drop rates of `model` to those of `stage`; None leaves the model's own."""
     if stage.dropout is not None:
         set_dropout(model, stage.dropout)
     if stage.stochastic_depth_prob is not None:
@@ -245,7 +253,7 @@ class StageScheduler:
         self.following: TrainLoader | None = None
 
     def enter(self, stage: Stage) -> "TrainLoader":
-        """The loader of `stage`, its drop rates set; the loader of the stage before is closed."""
+        """Put `stage` into effect: close the loader before, set the drop rates, return the new loader."""
         following, self.following = self.following, None
         self.close()
         for model in self.models:
@@ -257,7 +265,7 @@ class StageScheduler:
         return self.loader
 
     def warm(self, stage: Stage) -> None:
-        """Let the workers of the next stage start."""
+        """Start the workers of the next stage."""
         self.following = self.make_loader(stage)
         self.following.start(stage.epochs.start)
 

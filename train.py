@@ -56,7 +56,7 @@ from utils import Runtime, Stop, share_buffers, share_weights, start_runtime
 
 
 def main(config: Config, dashboard: Dashboard) -> int:
-    """Carry out the run that `config` describes, in its order; return the exit status."""
+    """Carry out the run that `config` describes, from start to end; return the exit status."""
     # Where it runs, what it will do, where it continues: all that can be wrong without looking at data
     runtime = start_runtime(config)
     config = replace(config, augment_on=augment_on(config, runtime))  # written down, so that a resume keeps to it
@@ -138,7 +138,7 @@ def train_one_epoch(
     progress: Progress,
     stop: Stop,
 ) -> bool:
-    """Train what is left of epoch `state.epoch`, from `state.step` on; return False if asked to stop before its end.
+    """Train what is left of an epoch, from `state.step` on; return False if asked to stop before its end.
 
     `state` then holds where the epoch stands, its losses summed over all processes.
 
@@ -173,8 +173,10 @@ def train_one_epoch(
 def evaluate(
     copies: Mapping[str, nn.Module], loader: DataLoader, criterion: nn.Module, runtime: Runtime
 ) -> dict[str, Score]:
-    """Measure accuracy, loss and confusions of each of `copies` (the model, its EMA) in one pass over the whole set,
-    each image counted once, on all processes."""
+    """Measure accuracy, loss and confusions of each of `copies` (the model, its EMA) on the whole set.
+
+    They take one pass together, on all processes; each image is counted once.
+    """
     scores = {name: Score(runtime) for name in copies}
     for model in copies.values():
         share_buffers(model, runtime).eval()
@@ -198,7 +200,12 @@ def evaluate_outcome(
     known: Mapping[str, Score],
     sizes: set[int],
 ) -> dict[int, dict[str, Score]]:
-    """Evaluate the final copies and the best weights at each of `sizes`; what is `known` at test size is not repeated."""
+    """Evaluate the final copies and the best weights at each of `sizes`.
+
+    What is `known` at test size is not repeated.
+
+    Returns: scores by size and by copy ("model", "ema", "best").
+    """
     runtime = learner.runtime
     last_is_best = state.best_epoch == config.epochs - 1
     copies = learner.copies
@@ -217,7 +224,7 @@ def evaluate_outcome(
 
 
 def test(config: Config, data: Data, learner: Learner) -> int:
-    """Evaluate and say so; write nothing."""
+    """Evaluate the model and print its scores; write nothing."""
     with closing_loader(eval_loader(config, data, learner.runtime, config.val_crop_size)) as loader:
         scores = evaluate(learner.copies, loader, learner.criterion, learner.runtime)
     for name, score in scores.items():
@@ -226,6 +233,7 @@ def test(config: Config, data: Data, learner: Learner) -> int:
 
 
 def show_plan(plan: Plan, form: str) -> None:
+    """Print the plan as a table or as JSON, on rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(plan.as_dict(), indent=2) if form == "json" else plan)
 

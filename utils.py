@@ -1,4 +1,4 @@
-"""What a run needs and no paper names: random numbers by key, processes, precision, the wish to stop."""
+"""What every run needs: random numbers by key, processes, device and precision, the wish to stop."""
 
 import copy
 import os
@@ -29,7 +29,7 @@ MASK = 2**64 - 1
 
 
 def scramble(bits: int) -> int:
-    """Mix 64 bits well.
+    """Mix 64 bits, so that inputs that differ little give outputs that differ much.
 
     Source: the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014); output n of that generator from a seed
         is `scramble(seed + n * GOLDEN)`.
@@ -40,14 +40,14 @@ def scramble(bits: int) -> int:
 
 
 def scramble_array(bits: Bits) -> Bits:
-    """Mix each of an array as `scramble` does; uint64 multiplication wraps by itself."""
+    """Mix each number of an array as `scramble` does; uint64 multiplication wraps by itself."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(FIRST_FACTOR)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(SECOND_FACTOR)
     return bits ^ (bits >> np.uint64(31))
 
 
 def key_to_seed(*key: int) -> int:
-    """Hash whole numbers from 0 to 64 bits: neighbouring keys give unrelated seeds."""
+    """Hash a key, whole numbers from 0 on, to a seed of 64 bits; neighbouring keys give unrelated seeds."""
     bits = len(key)
     for part in key:
         bits = scramble((part + bits * GOLDEN) & MASK)
@@ -55,7 +55,10 @@ def key_to_seed(*key: int) -> int:
 
 
 def keys_to_seeds(*key: "int | Bits") -> Bits:
-    """Hash many keys at once: each part a number, or an array that broadcasts with the others."""
+    """Hash many keys at once, as `key_to_seed` does.
+
+    key: its parts, each a number, or an array that broadcasts with the others
+    """
     bits = np.full(1, len(key), dtype=np.uint64)  # not a scalar, whose products warn of wrapping
     for part in key:
         bits = scramble_array(np.asarray(part, dtype=np.uint64) + bits * np.uint64(GOLDEN))
@@ -64,7 +67,10 @@ def keys_to_seeds(*key: "int | Bits") -> Bits:
 
 @contextmanager
 def drawing_from(*key: int) -> Iterator[None]:
-    """Within, torch's CPU draws follow from `key` alone; afterwards they go on as if nothing had been drawn."""
+    """Have torch's CPU draws within the block follow from `key` alone.
+
+    Afterwards they go on as if nothing had been drawn.
+    """
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(key_to_seed(*key))
     try:
@@ -82,7 +88,7 @@ SAMPLE, STEP, MIX, ORDER = range(1, 5)
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where the run runs, decided once.
+    """Where the run runs: its processes, device and precision, decided once.
 
     amp_dtype: of autocast, None for full precision
     scaler: of gradients in float16, else does nothing
@@ -104,7 +110,7 @@ class Runtime:
         return self.rank == 0
 
     def say(self, line: str) -> None:
-        """Rank 0 talks."""
+        """Print a line on rank 0 alone."""
         if self.is_main:
             print(line, flush=True)
 
@@ -114,17 +120,23 @@ class Runtime:
         return f"{self.world_size} process(es) on {name}, {precision}"
 
     def draw_from(self, epoch: int, step: int) -> None:
-        """Let what the model draws in a step (dropout, stochastic depth) follow from (seed, epoch, step, rank)."""
+        """Seed the model's draws in a step (dropout, stochastic depth) by (seed, epoch, step, rank)."""
         torch.manual_seed(key_to_seed(self.seed, epoch, step, self.rank, STEP))
 
     def autocast(self) -> torch.autocast:
+        """Return the context for a forward pass at the run's precision."""
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def backward_and_step(
         self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None
     ) -> None:
-        """One update from `loss`. Gradients stay until the next: a forward pass that reuses the memory they free costs
-        a CPU thousands of page faults, 6 to 8 % of a small step."""
+        """Update the parameters once, from `loss`.
+
+        Gradients are kept until the next update: if they were freed, a forward pass would reuse their memory, which
+        costs a CPU thousands of page faults, 6 to 8 % of a small step.
+
+        clip: the largest norm of the gradients, None for no limit
+        """
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if clip is not None:
@@ -134,13 +146,16 @@ class Runtime:
         self.scaler.update()
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values`, added over all processes, in place."""
+        """Add up `values` over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, wish: bool) -> bool:
-        """Whether any process has the wish. All must ask at the same point; the device is not involved."""
+        """Check whether any process has the wish; all must ask at the same point.
+
+        The device is not involved.
+        """
         if self.world_size == 1:
             return wish
         flag = torch.tensor(int(wish))
@@ -148,27 +163,29 @@ class Runtime:
         return bool(flag)
 
     def barrier(self) -> None:
+        """Wait until every process is here."""
         if self.world_size > 1:
             dist.barrier(group=self.control)
 
     def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def release_memory(self) -> None:
-        """Give cached GPU memory back, and forget how much was used."""
+        """Release cached GPU memory, and forget how much was used at most."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def reserved_memory(self) -> int:
-        """Most bytes of GPU memory taken since `release_memory`; 0 without a CUDA device."""
+        """Read the most bytes of GPU memory taken since `release_memory`; 0 without a CUDA device."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def peak_memory_gib(self) -> float | None:
-        """Most memory the GPU held since the last call, GiB; None without a CUDA device."""
+        """Read the most memory the GPU held since the last call, GiB; None without a CUDA device."""
         if self.device.type != "cuda":
             return None
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -229,7 +246,7 @@ def start_runtime(config: Config) -> Runtime:
 
 
 def find_device(name: str, local_rank: int) -> torch.device:
-    """The device called `name`; `auto` is cuda, then mps, then cpu.
+    """Find the device called `name`; `auto` is cuda, then mps, then cpu.
 
     Raises:
         ConfigError: not a device, or not on this machine.
@@ -258,7 +275,11 @@ def find_device(name: str, local_rank: int) -> torch.device:
 
 
 def find_amp_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 unless asked otherwise or the GPU is too old for it (before Ampere)."""
+    """Choose bfloat16 unless asked otherwise or the GPU is too old for it (before Ampere), else float16.
+
+    Raises:
+        ConfigError: bfloat16 is asked for on such a GPU.
+    """
     native = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "bfloat16" and not native:
         raise ConfigError(
@@ -268,8 +289,10 @@ def find_amp_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def share_buffers(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """`model`, in every process with rank 0's buffers (batch-norm statistics, which each process gathers
-    alone), so that all evaluate what is saved."""
+    """Copy rank 0's buffers into `model` in every process, and return the model.
+
+    They are batch-norm statistics, which each process gathers alone; so all evaluate what is saved.
+    """
     if runtime.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -277,7 +300,7 @@ def share_buffers(model: nn.Module, runtime: Runtime) -> nn.Module:
 
 
 def share_weights(state: dict[str, Tensor] | None, model: nn.Module, runtime: Runtime) -> nn.Module:
-    """A copy of `model` with the weights that rank 0 brings as `state`."""
+    """Copy `model`, with the weights that rank 0 brings as `state`, the same in every process."""
     model = copy.deepcopy(model)
     if state is not None:
         model.load_state_dict(state)
@@ -291,10 +314,11 @@ def share_weights(state: dict[str, Tensor] | None, model: nn.Module, runtime: Ru
 
 
 class Stop:
-    """Whether training should end early: SIGINT, SIGTERM, a time budget spent, counted from here, or asked to.
+    """The decision whether training should end early: on a signal, after a time budget, or when asked to.
 
-    Used as a context; calling it with the number of a step asks. All processes get the same answer, at
-    the same step: with several of them it is agreed upon every few steps.
+    The signals are SIGINT and SIGTERM; the time budget counts from when this is made. Used as a context; calling it
+    with the number of a step returns the answer. All processes get the same one, at the same step: with several of
+    them it is agreed upon every few steps.
     """
 
     AGREE_EVERY = 8  # steps; an exchange between hosts takes about a tenth of a millisecond
@@ -316,6 +340,7 @@ class Stop:
             signal.signal(number, handler)
 
     def on_signal(self, number: int, frame: Any) -> None:
+        """Ask training to stop; a SIGINT after that ends the program at once, without saving."""
         if self.wish and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: at once, without saving
         self.ask(f"signal {signal.Signals(number).name}")
@@ -323,10 +348,11 @@ class Stop:
             os.write(2, b"\nstopping after this step, the run will be saved; Ctrl-C again ends it at once\n")
 
     def ask(self, reason: str) -> None:
-        """Let training end, saved; from any thread of rank 0."""
+        """Have training end, saved; may be called from any thread of rank 0."""
         self.wish = reason
 
     def __call__(self, step: int = 0) -> bool:
+        """Return whether to stop; with several processes, all must call it for the same steps."""
         if (not self.agreed and step % self.AGREE_EVERY == 0) or self.runtime.world_size == 1:
             late = self.deadline is not None and time.monotonic() >= self.deadline
             self.agreed = self.runtime.any(late or bool(self.wish))

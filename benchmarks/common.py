@@ -35,7 +35,10 @@ Measures = dict[str, Any]
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """The command line that all benchmarks have; `description` says what is measured and how long it takes."""
+    """Build the command line that all benchmarks have.
+
+    description: what is measured and how long it takes
+    """
     parser = argparse.ArgumentParser(
         prog=f"benchmarks/{name}.py",
         description=description,
@@ -49,12 +52,14 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options for a folder of images."""
     parser.add_argument("--data", metavar="DIR", required=True, help="a folder of images: with train/ in it, with class folders, or flat")  # fmt: skip
     parser.add_argument("--limit", type=positive, metavar="N", default=10_000, help="use at most N images, evenly spread over the folder (default: 10000)")  # fmt: skip
     parser.add_argument("--scratch", metavar="DIR", help="where the store and the runs lie meanwhile; about 0.3 MB an image (default: the system's folder for temporary files)")  # fmt: skip
 
 
 def positive(text: str) -> int:
+    """Convert text of the command line to a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -62,7 +67,7 @@ def positive(text: str) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The options; `flags`: what follows `--`, for train.py."""
+    """Parse the options; `flags` is what follows `--`, for train.py."""
     own, flags = list(argv), []
     if "--" in own:
         cut = own.index("--")
@@ -73,13 +78,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
 
 def machine_flags(args: argparse.Namespace) -> list[str]:
-    """What train.py is told on this device, before the flags that follow `--`."""
+    """List what train.py is told on this device, before the flags that follow `--`."""
     flags = ["--device", args.device, "--channels-last"]
     return flags + ["--amp"] if find_device(args.device, 0).type == "cuda" else flags
 
 
 def run(main: Callable[[argparse.Namespace], list[Measures]], args: argparse.Namespace) -> int:
-    """Measure, print, keep; what a user can mend is one line and exit status 2."""
+    """Measure with `main` and save its rows; return the exit status.
+
+    What a user can mend is printed as one line, with exit status 2.
+    """
     try:
         read_rows(args.json)  # a file that cannot be added to shows now, not after the measurement
         save(args, main(args))
@@ -93,6 +101,11 @@ def run(main: Callable[[argparse.Namespace], list[Measures]], args: argparse.Nam
 
 
 def read_rows(path: str) -> list[Measures]:
+    """Read the rows that a file of --json has so far.
+
+    Raises:
+        ConfigError: it is not JSON, or no list.
+    """
     if not os.path.exists(path):
         return []
     try:
@@ -128,12 +141,14 @@ def save(args: argparse.Namespace, rows: Sequence[Measures]) -> None:
 
 
 def portable(value: Any) -> Any:
+    """Shorten paths to their last part, in lists too; leave other values as they are."""
     if isinstance(value, list):
         return [portable(item) for item in value]
     return os.path.basename(os.path.normpath(value)) if isinstance(value, str) and os.sep in value else value
 
 
 def machine(device: str) -> dict[str, Any]:
+    """Describe the machine: processor, memory, GPU."""
     found = find_device(device, 0)
     return {
         "cpu": cpu_model(),
@@ -145,6 +160,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
+    """Find the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -154,7 +170,7 @@ def cpu_model() -> str:
 
 
 def cores() -> int:
-    """Those this process may run on."""
+    """Count the cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -170,7 +186,10 @@ def versions() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """As `records.commit`, but rows that earlier benchmarks have added do not make the code another one."""
+    """Find the commit of the code, as `records.commit` does, but ignore changes in benchmarks/results.
+
+    Rows that earlier benchmarks have added do not make the code another one.
+    """
     name = records.commit()
     if name is None or not name.endswith("-dirty"):
         return name
@@ -180,7 +199,10 @@ def commit() -> str | None:
 
 
 def print_table(rows: Sequence[Measures], columns: Mapping[str, str]) -> None:
-    """`rows` for a terminal. columns: key to heading; a key that a row lacks leaves its place empty"""
+    """Print `rows` for a terminal.
+
+    columns: key to heading; a key that a row lacks leaves its place empty
+    """
     cells = [list(columns.values())]
     for row in rows:
         cells.append([show(row.get(key)) for key in columns])
@@ -190,6 +212,7 @@ def print_table(rows: Sequence[Measures], columns: Mapping[str, str]) -> None:
 
 
 def show(value: Any) -> str:
+    """Format a measure for `print_table`; None as nothing."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
     return "" if value is None else str(value)
@@ -199,8 +222,11 @@ def show(value: Any) -> str:
 
 
 def interleave(ways: Mapping[str, Callable[[], Any]], repeats: int, discard: int = 1) -> dict[str, list[Any]]:
-    """Each way once, then each once more, ...: what slows the machine down for a while meets all of them.
-    The first `discard` rounds warm caches and count for nothing."""
+    """Measure each way once, then each once more, and so on, for `repeats` rounds.
+
+    What slows the machine down for a while thus meets all ways. The first `discard` rounds, before those, warm caches
+    and are not returned.
+    """
     rounds: dict[str, list[Any]] = {way: [] for way in ways}
     for number in range(-discard, repeats):
         for way, measure in ways.items():
@@ -212,18 +238,21 @@ def interleave(ways: Mapping[str, Callable[[], Any]], repeats: int, discard: int
 
 
 def median(values: Sequence[float | None]) -> float | None:
-    """Of the numbers among `values`; None if there are none."""
+    """Compute the median of the numbers among `values`; None if there are none."""
     numbers = [value for value in values if value is not None]
     return statistics.median(numbers) if numbers else None
 
 
 def medians(rounds: Sequence[Measures]) -> Measures:
-    """Of each measure over a way's rounds, and the rounds themselves, which show the spread."""
+    """Compute the median of each measure over a way's rounds; add the rounds, which show the spread."""
     return {key: median([measures[key] for measures in rounds]) for key in rounds[0]} | {"rounds": list(rounds)}
 
 
 def ratio(rounds: Sequence[Measures], base: Sequence[Measures], key: str) -> float | None:
-    """Median of the ratios within each round, not ratio of the medians: both sides met the same machine."""
+    """Compute the median of the ratios within each round.
+
+    Not the ratio of the medians: within a round both sides met the same machine.
+    """
     pairs = [(one[key], other[key]) for one, other in zip(rounds, base)]
     return median([one / other if one is not None and other else None for one, other in pairs])
 
@@ -232,7 +261,7 @@ def ratio(rounds: Sequence[Measures], base: Sequence[Measures], key: str) -> flo
 
 
 def workers_cpu_seconds() -> float:
-    """User and system time so far of all processes below this one, live and ended."""
+    """Add up the user and system time so far of all processes below this one, live and ended."""
     seconds = os.times().children_user + os.times().children_system
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # ended meanwhile
@@ -241,15 +270,20 @@ def workers_cpu_seconds() -> float:
 
 
 def cpu_seconds(workers: int) -> float | None:
-    """User and system time so far of this process and all below it; None where the system does not tell."""
+    """Add up the user and system time so far of this process and all below it.
+
+    Returns: None where the system does not tell.
+    """
     if workers == 0:
         return time.process_time()
     return time.process_time() + workers_cpu_seconds() if os.name == "posix" else None
 
 
 def settle(seconds: float = 10.0) -> None:
-    """Wait until the processes below this one have nothing left to do. Loaders read ahead; without this, one
-    way's reading would run into the next way's turn."""
+    """Wait until the processes below this one have nothing left to do, at most `seconds`.
+
+    Loaders read ahead; without this, one way's reading would run into the next way's turn.
+    """
     deadline, before = time.monotonic() + seconds, workers_cpu_seconds()
     while time.monotonic() < deadline:
         time.sleep(0.1)
@@ -260,7 +294,10 @@ def settle(seconds: float = 10.0) -> None:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory that `pid` and all below it hold, pages they share counted once; 0 where the system does not tell."""
+    """Measure the memory that `pid` and all below it hold, pages they share counted once.
+
+    Returns: bytes; 0 where the system does not tell.
+    """
     total = 0
     with suppress(psutil.NoSuchProcess):
         whole = psutil.Process(pid)
@@ -271,8 +308,11 @@ def resident_bytes(pid: int) -> int:
 
 
 def fresh_process(function: Callable[..., Any], *args: Any, watch: bool = False) -> tuple[Any, float | None]:
-    """What `function(*args)` returns in a new process, which inherits no memory; and, if asked to watch, the
-    most memory it and the processes below it held, GiB. Watching takes a good part of a core.
+    """Call `function(*args)` in a new process, which inherits no memory.
+
+    watch: measure the most memory that it and the processes below it held; that takes a good part of a core
+
+    Returns: what the function returned; that memory, GiB, None if it was not measured.
 
     Raises:
         ConfigError: raised there, or the process died.
@@ -298,6 +338,7 @@ def fresh_process(function: Callable[..., Any], *args: Any, watch: bool = False)
 
 
 def answer(sender: Any, function: Callable[..., Any], args: tuple) -> None:
+    """Call `function` in the process that `fresh_process` started; send back its result or ConfigError."""
     # A spawned process would spawn its own, each importing torch anew; here they start as a program's do.
     multiprocessing.set_start_method(None, force=True)
     try:
@@ -311,8 +352,9 @@ def answer(sender: Any, function: Callable[..., Any], args: tuple) -> None:
 
 @contextmanager
 def image_tree(data: str, limit: int, scratch: str | None = None) -> Iterator[str]:
-    """A temporary folder with `train/` and `val/` that link to at most `limit` images of folder `data`; in
-    `val/` the first image of each class, so that evaluation costs nothing.
+    """Make a temporary folder of links to at most `limit` images of folder `data`; yield its path.
+
+    It has `train/` and `val/`. In `val/` lies the first image of each class, so that evaluation costs nothing.
 
     data: with `train/` in it, with one folder per class, or flat, which is then one class
 
@@ -343,6 +385,6 @@ def image_tree(data: str, limit: int, scratch: str | None = None) -> Iterator[st
 
 
 def read_files(tree: str) -> None:
-    """Every training image once, so that all ways find the files in memory."""
+    """Read every training image once, so that all ways find the files in memory."""
     for path in Path(tree, "train").rglob("*.*"):
         path.read_bytes()

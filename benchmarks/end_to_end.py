@@ -44,10 +44,12 @@ WAYS = ("train", "ceiling", "reference")
 
 
 def run_training(flags: Sequence[str], folder: str, uuid: str | None = None) -> None:
-    """train.py as a program, its run in `folder`; with `uuid`, that GPU's utilisation in `folder`/utilisation.
+    """Run train.py as a program, its run in `folder`.
+
+    uuid: of a GPU whose utilisation is written to `folder`/utilisation
 
     Raises:
-        ConfigError: it failed; with its own last line.
+        ConfigError: it failed; the message holds its own last line.
     """
     command = [sys.executable, str(common.ROOT / "train.py"), "--clearml", "off", *flags, "--output-dir", folder]
     finished = threading.Event()
@@ -64,12 +66,17 @@ def run_training(flags: Sequence[str], folder: str, uuid: str | None = None) -> 
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:
+    """Read the lines of metrics.jsonl that a run has written so far."""
     path = Path(folder, "metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def watch_gpu(uuid: str | None, folder: str, finished: threading.Event) -> None:
-    """Once a second until `finished`: the epoch that trains, and the share of time the GPU has kernels running, percent."""
+    """Write samples of a GPU's utilisation to `folder`/utilisation, one a second until `finished`.
+
+    A sample is the epoch that trains, and the share of time that the GPU has kernels running, percent. Without `uuid`
+    nothing is done.
+    """
     if uuid is None:
         return
     command = ["nvidia-smi", f"--id={uuid}", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
@@ -85,7 +92,7 @@ def watch_gpu(uuid: str | None, folder: str, finished: threading.Event) -> None:
 
 
 def train(flags: Sequence[str], scratch: str, uuid: str | None) -> list[common.Measures]:
-    """Of each stage, from the run's own metrics."""
+    """Train with train.py; return the measures of each stage, from the run's own metrics."""
     with tempfile.TemporaryDirectory(dir=scratch) as parent:
         folder = os.path.join(parent, "run")
         run_training(flags, folder, uuid)
@@ -104,7 +111,10 @@ def train(flags: Sequence[str], scratch: str, uuid: str | None) -> list[common.M
 
 
 def ceiling(flags: Sequence[str], num_classes: int, steps: int) -> list[common.Measures]:
-    """Of each stage: `train_one_epoch` on a batch that is there already; the first of three epochs warms up."""
+    """Measure `train_one_epoch` in each stage on a batch that is there already.
+
+    The first of three epochs warms up.
+    """
     config = resolve(flags)
     runtime = start_runtime(config)
     learner = build_learner(config, num_classes, None, runtime)[0]
@@ -119,7 +129,7 @@ def ceiling(flags: Sequence[str], num_classes: int, steps: int) -> list[common.M
 
 
 def reference(flags: Sequence[str], num_classes: int) -> list[common.Measures]:
-    """Of each stage: `train_one_epoch` on what the reference's loader brings."""
+    """Measure `train_one_epoch` in each stage on what the reference's loader brings."""
     config = resolve(flags)
     runtime = start_runtime(config)
     learner = build_learner(config, num_classes, None, runtime)[0]
@@ -141,6 +151,7 @@ def reference(flags: Sequence[str], num_classes: int) -> list[common.Measures]:
 
 
 def main(args: argparse.Namespace) -> list[common.Measures]:
+    """Measure the ways in turn and print their table; return a row for each stage and way."""
     device = find_device(args.device, 0)
     uuid = None
     if device.type == "cuda":

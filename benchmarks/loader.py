@@ -51,7 +51,7 @@ OURS = {  # our ways: whether images come from the store, and where they are aug
 
 
 class ReferenceLoader:
-    """The reference's loading, built from torchvision's public parts; its batches are given as `TrainLoader` does.
+    """The reference's loading, built from torchvision's public parts; yields batches as `TrainLoader` does.
 
     Source: torchvision references/classification, presets.py and train.py.
     """
@@ -83,6 +83,7 @@ class ReferenceLoader:
         return len(self.loader)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield step number, images and targets of each step, as `TrainLoader.epoch` does."""
         self.wait_seconds = 0.0
         asked = time.perf_counter()
         for step, (images, targets) in enumerate(self.loader, first_step):
@@ -93,6 +94,7 @@ class ReferenceLoader:
 
 
 def our_flags(args: argparse.Namespace, tree: str, way: str, store: str) -> list[str]:
+    """List the flags of train.py that make it load by one of OURS."""
     stored, augment_on = OURS[way]
     flags = ["--data-path", tree, "--device", args.device, "--workers", str(args.workers or 0)]
     flags += ["--train-crop-size", str(args.image_size), "--batch-size", str(args.batch_size), "--epochs", "1000000"]
@@ -101,7 +103,7 @@ def our_flags(args: argparse.Namespace, tree: str, way: str, store: str) -> list
 
 
 def endless(loader: ReferenceLoader | TrainLoader) -> Iterator[Tensor]:
-    """The images of each batch, epoch after epoch."""
+    """Yield the images of each batch, epoch after epoch."""
     for epoch in itertools.count():
         for _, images, _ in loader.epoch(epoch):
             yield images
@@ -110,8 +112,10 @@ def endless(loader: ReferenceLoader | TrainLoader) -> Iterator[Tensor]:
 def turn(
     batches: Iterator[Tensor], shape: tuple[int, ...], seconds: float, workers: int, runtime: Runtime
 ) -> common.Measures:
-    """Speed of a loader over about `seconds`. What its workers hold ready is taken first: two batches each, and
-    one that is being moved."""
+    """Measure the speed of a loader over about `seconds`.
+
+    What its workers hold ready is taken first, and not counted: two batches each, and one that is being moved.
+    """
     for _ in range(2 * workers + 1):
         next(batches)
     runtime.synchronize()
@@ -131,6 +135,7 @@ def turn(
 
 
 def compare(args: argparse.Namespace, tree: str) -> list[common.Measures]:
+    """Measure the ways of loading in turn and print their table; return a row for each."""
     workers = args.workers or 0
     if args.workers is None:
         torch.set_num_threads(1)
@@ -169,12 +174,13 @@ def compare(args: argparse.Namespace, tree: str) -> list[common.Measures]:
 
 
 def decode(path: str) -> tuple[int, int]:
+    """Decode one file to RGB; return its width and height."""
     with Image.open(path) as image:
         return image.convert("RGB").size
 
 
 def decode_once(tree: str) -> float:
-    """Seconds to decode every training image once, on all cores."""
+    """Measure the seconds it takes to decode every training image once, on all cores."""
     files = [str(path) for path in sorted(Path(tree, "train").rglob("*.*"))]
     start = time.perf_counter()
     with Pool(common.cores()) as pool:
@@ -184,7 +190,7 @@ def decode_once(tree: str) -> float:
 
 
 def build_store(flags: Sequence[str]) -> float:
-    """Seconds to build the store."""
+    """Measure the seconds it takes to build the store."""
     config = resolve(flags)
     runtime = start_runtime(config)
     data = load_data(config, runtime)
@@ -194,6 +200,7 @@ def build_store(flags: Sequence[str]) -> float:
 
 
 def compare_building(args: argparse.Namespace, tree: str) -> list[common.Measures]:
+    """Measure building the store against decoding every file once; print the table, return the rows."""
     common.read_files(tree)
     number = sum(1 for _ in Path(tree, "train").rglob("*.*"))
 

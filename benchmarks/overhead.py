@@ -71,7 +71,7 @@ def bare_loop(tree: str, epochs: int, args: argparse.Namespace) -> None:
 
 
 def measure(way: str, epochs: int, tree: Path, args: argparse.Namespace) -> float:
-    """Run one program; give the processor seconds that it and its workers took."""
+    """Run one program; return the processor seconds that it and its workers took."""
     shared = ["--model", args.model, "--batch-size", str(args.batch_size), "--workers", str(args.workers)]
     with tempfile.TemporaryDirectory(prefix="overhead-", dir=args.scratch) as folder:
         if way == "ours":
@@ -91,6 +91,7 @@ def measure(way: str, epochs: int, tree: Path, args: argparse.Namespace) -> floa
 
 
 def main(args: argparse.Namespace) -> list[common.Measures]:
+    """Measure both ways for one and three epochs and print their table; return a row for each way."""
     with tempfile.TemporaryDirectory(prefix="overhead-", dir=args.scratch) as folder:
         link(args.data, Path(folder), args.images)
         common.read_files(folder)

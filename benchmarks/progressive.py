@@ -29,6 +29,7 @@ from settings.resolve import resolve
 
 
 def measure(flags: Sequence[str], scratch: str) -> common.Measures:
+    """Train with train.py; return the seconds of training, and the plan's relative cost."""
     with tempfile.TemporaryDirectory(dir=scratch) as parent:
         folder = os.path.join(parent, "run")
         run_training(flags, folder)
@@ -37,6 +38,7 @@ def measure(flags: Sequence[str], scratch: str) -> common.Measures:
 
 
 def main(args: argparse.Namespace) -> list[common.Measures]:
+    """Measure both runs in turn and print their table; return a row for each."""
     with common.image_tree(args.data, args.limit, args.scratch) as tree:
         flags = [*common.machine_flags(args), "--data-path", tree, "--decode-cache", os.path.join(tree, "store")]
         flags += ["--model", args.model, "--workers", str(args.workers), "--epochs", str(args.epochs), "--lr", "0.01"]

@@ -62,7 +62,10 @@ class ResidentBatches:
 
 
 def train_epoch(config: Config, stage: Stage, learner: Learner, batches: Any) -> RunState:
-    """An epoch of our loop over `batches`, which gives what a `TrainLoader` gives; its time stands in the state."""
+    """Train an epoch of our loop over `batches`; return its state, in which its time stands.
+
+    batches: gives what a `TrainLoader` gives
+    """
     state = RunState(epoch=stage.epochs.start)
     progress = Progress(stage, state.epoch, config, 0, len(batches), show=False)
     train_one_epoch(learner, batches, state, learning_rate_schedule(config), progress, Stop(learner.runtime))
@@ -70,6 +73,7 @@ def train_epoch(config: Config, stage: Stage, learner: Learner, batches: Any) ->
 
 
 def optimizer_of(config: Config, model: nn.Module, fused: bool) -> torch.optim.Optimizer:
+    """Build SGD for all parameters alike, by the settings."""
     return torch.optim.SGD(
         model.parameters(),
         lr=config.lr,
@@ -82,6 +86,7 @@ def optimizer_of(config: Config, model: nn.Module, fused: bool) -> torch.optim.O
 def bare_steps(
     net: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module, batches: ResidentBatches, runtime: Runtime
 ) -> None:
+    """Train over `batches` with a loop as one would write it by hand."""
     net.train()
     for _, images, targets in batches.epoch(0):
         with runtime.autocast():
@@ -94,7 +99,10 @@ def bare_steps(
 def reference_steps(
     net: nn.Module, optimizer: torch.optim.Optimizer, criterion: nn.Module, batches: ResidentBatches, runtime: Runtime
 ) -> None:
-    """Three times in each step the loop waits for the device, to have a number."""
+    """Train over `batches` in the reference's style.
+
+    In each step the loop waits for the device three times, to read the loss and two accuracies.
+    """
     net.train()
     meters: dict[str, list[float]] = {"loss": [], "acc1": [], "acc5": [], "images_per_second": []}
     for _, images, targets in batches.epoch(0):
@@ -114,6 +122,7 @@ def reference_steps(
 
 
 def compare(args: argparse.Namespace) -> list[common.Measures]:
+    """Measure the ways in turn and print their table; return a row for each."""
     config = resolve(train_flags(args, [args.image_size]))
     ema_config = resolve([*train_flags(args, [args.image_size]), "--model-ema"])
     runtime = start_runtime(config)
@@ -130,7 +139,7 @@ def compare(args: argparse.Namespace) -> list[common.Measures]:
         return {"ms_per_step": 1000 * seconds, "images_per_second": stage.batch_size / seconds}
 
     def prepare(way: str) -> Callable[[], object]:
-        """The way's own model, with weights that are the same for all at first."""
+        """Build the way's own model, with weights that are the same for all at first; return its steps."""
         if way.startswith("ours"):
             own_config = ema_config if way == "ours-ema" else config
             learner, _ = build_learner(own_config, args.classes, None, runtime)
@@ -159,7 +168,7 @@ def compare(args: argparse.Namespace) -> list[common.Measures]:
 
 
 def peak_memory(flags: Sequence[str], num_classes: int, steps: int) -> list[float | None]:
-    """Most memory held during each stage, GiB: of the GPU, or of this process up to its end."""
+    """Measure the most memory held during each stage, GiB: of the GPU, or of this process up to its end."""
     config = resolve(flags)
     runtime = start_runtime(config)
     learner = build_learner(config, num_classes, None, runtime)[0]
@@ -176,6 +185,7 @@ def peak_memory(flags: Sequence[str], num_classes: int, steps: int) -> list[floa
 
 
 def compare_memory(args: argparse.Namespace) -> list[common.Measures]:
+    """Measure the peak at each size, after the sizes before it and in a fresh process; return the rows."""
     sizes = sorted(args.memory_sizes)  # a process's peak never falls
     steps = min(args.steps, 5)
     measured = partial(common.fresh_process, peak_memory)
@@ -197,13 +207,17 @@ def compare_memory(args: argparse.Namespace) -> list[common.Measures]:
 
 
 def train_flags(args: argparse.Namespace, sizes: Sequence[int]) -> list[str]:
-    """A stage of one epoch for each size. The learning rate is small: noise teaches nothing, and must not diverge."""
+    """List the flags of train.py for a stage of one epoch at each size.
+
+    The learning rate is small: noise teaches nothing, and must not diverge.
+    """
     flags = [*common.machine_flags(args), "--model", args.model, "--batch-size", str(args.batch_size), "--lr", "0.001"]
     flags += ["--epochs", str(len(sizes)), "--stages", str(len(sizes)), "--train-crop-size", *map(str, sizes)]
     return flags + args.flags
 
 
 def main(args: argparse.Namespace) -> list[common.Measures]:
+    """Measure the steps and, if sizes for it are given, the memory; return the rows of both."""
     rows = compare(args)
     return rows + compare_memory(args) if args.memory_sizes else rows
 

@@ -54,7 +54,10 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
 
 
 def newest(rows: list[dict[str, Any]], ways: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Of each (settings, way, size) the latest row, in the order in which the settings first came."""
+    """Choose the latest row of each (settings, machine, way, size).
+
+    They come in the order in which the settings first came.
+    """
     kept: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["way"] in ways:
@@ -64,7 +67,7 @@ def newest(rows: list[dict[str, Any]], ways: tuple[str, ...]) -> list[dict[str, 
 
 
 def table(name: str) -> str:
-    """One of TABLES as Markdown, with the machine and the versions its rows come from."""
+    """Format one of TABLES in Markdown, with the machine and the versions its rows come from."""
     file, ways, columns = TABLES[name]
     path = RESULTS / f"{file}.json"
     rows = newest(json.loads(path.read_text()), ways) if path.exists() else []
@@ -80,17 +83,20 @@ def table(name: str) -> str:
 
 
 def look_up(row: dict[str, Any], key: str) -> Any:
+    """Find a value in a row, or, for a key after a dot, in the row's settings; join a list by commas."""
     value = row["settings"].get(key[1:]) if key.startswith(".") else row.get(key)
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def source(row: dict[str, Any]) -> str:
+    """Describe where a row comes from: device, torch, commit, date."""
     machine, versions = row["machine"], row["versions"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     return f"{device}, torch {versions['torch']}, commit {(row['commit'] or 'none')[:12]}, {row['date'][:10]}"
 
 
 def write(page: Path = PAGE) -> None:
+    """Write all of TABLES into a page."""
     write_tables(str(page), {name: partial(table, name) for name in TABLES})
 
 
