@@ -1,17 +1,24 @@
-# make demo   a virtual environment, and the quickstart: four stages on handwritten digits, on any CPU
-# make test   the same environment with what the tests need, and the tests
-# make lint   formatting, lint, types, the order of the floors
+# make demo        a virtual environment, and the quickstart: four stages on handwritten digits, on any CPU
+# make test        the same environment with what the tests need, and the tests
+# make test-all    those, and the tests of the double of ClearML's server that they lean on
+# make lint        formatting, lint, types, the order of the floors
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-double test-all lint clean
 
 demo: .venv/run
 	$(BIN)/python train.py --config configs/quickstart.yaml --overwrite
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+test-double: .venv/dev
+	$(BIN)/python -m pytest -m double
+	$(BIN)/python .ci/double.py > tests/data/double.sha256
+
+test-all: test test-double
 
 lint: .venv/dev
 	$(BIN)/ruff check .

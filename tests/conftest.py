@@ -1,6 +1,7 @@
 """What several test files use, and the order of the tests. Small runs are in runs.py, the program in processes of its
 own in programs.py."""
 
+import multiprocessing
 import os
 import random
 
@@ -10,10 +11,20 @@ import pytest
 import tiny  # noqa: F401, makes its model known
 import torch
 from clearml_server import ClearMLServer
-from programs import ROOT, SMALL, program  # noqa: F401, as other files import them
-from runs import assert_same_bits, checkpoint, make_tree, metrics  # noqa: F401
+from runs import make_tree
 
 torch.set_num_threads(1)  # small models: a second thread waits more than it works
+
+
+# The files whose tests take seconds, in the order in which they begin; all others are milliseconds, which fill up the
+# end, so that no process of the tests waits long for the other. Tests of a file stay together (pyproject.toml): they
+# share runs.
+FIRST = "tracking benchmarks processes agents dashboard resume run stage_effects store config".split()
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {f"test_{name}": rank for rank, name in enumerate(FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture
@@ -54,6 +65,7 @@ def nothing_left():
     before = dict(os.environ)
     yield
     programs.end_all()
+    assert multiprocessing.active_children() == []  # of a loader left open: others count theirs
     if os.environ != before:
         os.environ.clear()
         os.environ.update(before)

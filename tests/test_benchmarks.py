@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_tree
 from PIL import Image
+from programs import ROOT
+from runs import make_tree
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the program's own modules
 common, loader, step, end_to_end, progressive, overhead, tables = map(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same_bits
+from runs import assert_same_bits
 from small_models import CPU, copied, small_model, train_a_step
 
 from learning.checkpoint import Checkpoint, previous_checkpoint, undone, write_safely

@@ -95,6 +95,7 @@ def lines(*events):
     return "\n".join(json.dumps(event) for event in events).encode()
 
 
+@pytest.mark.double
 @needs_sdk
 def test_everything_a_run_reports_arrives(server, python):
     python("""
@@ -141,6 +142,7 @@ def test_everything_a_run_reports_arrives(server, python):
     assert not server.refused
 
 
+@pytest.mark.double
 @needs_sdk
 def test_a_resumed_run_replaces_what_it_repeats(server, python):
     python("""
@@ -163,6 +165,7 @@ def test_a_resumed_run_replaces_what_it_repeats(server, python):
     assert (task.status, task.last_iteration) == ("completed", 3)
 
 
+@pytest.mark.double
 @needs_sdk
 def test_abort_ends_a_run(server, python, environment, tmp_path):
     (tmp_path / "sleep.py").write_text(textwrap.dedent(INIT) + textwrap.dedent("""
@@ -181,6 +184,7 @@ def test_abort_ends_a_run(server, python, environment, tmp_path):
     assert "checkpoint saved" in task.console
 
 
+@pytest.mark.double
 @needs_sdk
 def test_wrong_keys_end_the_sdk(server, python):
     done = python("Task.init('images', 'a run')", check=False, CLEARML_API_SECRET_KEY="wrong")
@@ -227,6 +231,7 @@ def recorded(server, environment, checkout, tmp_path):
     return task
 
 
+@pytest.mark.double
 @needs_agent
 def test_agent_runs_a_clone_with_its_changes(server, environment, recorded, tmp_path):
     clone = server.user_clone(recorded.id, {"Hyperparameters/lr": "0.4"}, name="a clone")
@@ -238,6 +243,7 @@ def test_agent_runs_a_clone_with_its_changes(server, environment, recorded, tmp_
     assert (clone.status, recorded.hyperparams["Hyperparameters"]["lr"]) == ("completed", "0.1")
 
 
+@pytest.mark.double
 @needs_agent
 def test_agent_takes_from_the_queue_and_aborts(server, environment, recorded, tmp_path):
     slow = server.user_clone(recorded.id, {"Hyperparameters/sleep": "60"})
@@ -258,6 +264,7 @@ def test_agent_takes_from_the_queue_and_aborts(server, environment, recorded, tm
     assert "aborted by user" in slow.console
 
 
+@pytest.mark.double
 @needs_sdk
 def test_optimizer_runs_a_grid(server, python, tmp_path):
     (tmp_path / "train.py").write_text(textwrap.dedent(INIT) + textwrap.dedent("""
@@ -446,6 +453,7 @@ def test_stop_refuses_and_hang_never_answers(server, post):
     assert post("debug.ping")  # the same port, and the token still holds
 
 
+@pytest.mark.double
 @needs_sdk
 def test_by_hand(python, tmp_path):
     script = Path(__file__).with_name("clearml_server.py")

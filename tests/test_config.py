@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import ROOT, program
+from programs import ROOT, honest_program
 
 from Graphs import draw
+from images.workers import closing_loader
 from learning.models import check_model
 from settings import resolve as resolving
 from settings.errors import ConfigError
@@ -242,7 +243,7 @@ def test_durations(text, expected):
 
 
 def test_help_names_every_setting_once():
-    done = program("--help")
+    done = honest_program("--help")
     assert done.returncode == 0
     for name in SETTINGS:
         assert f"--{name.replace('_', '-')}" in done.stdout
@@ -250,7 +251,7 @@ def test_help_names_every_setting_once():
 
 
 def test_a_mistake_in_a_process_of_its_own_is_one_line():
-    done = program("--config", "configs/quickstart.yaml", "--dropuot", "0.1")
+    done = honest_program("--config", "configs/quickstart.yaml", "--dropuot", "0.1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown setting --dropuot; did you mean --dropout?\n"
 
@@ -316,6 +317,8 @@ class Faulty(torch.utils.data.Dataset):
 @pytest.mark.parametrize("kind", [ConfigError, Refused])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_a_loader_s_worker_keeps_its_type_and_its_one_line(kind, workers):
-    with pytest.raises(ConfigError) as caught:
-        list(torch.utils.data.DataLoader(Faulty(kind("a.png: no image; remove it")), num_workers=workers))
+    faulty = Faulty(kind("a.png: no image; remove it"))
+    loader = torch.utils.data.DataLoader(faulty, num_workers=workers, persistent_workers=workers > 0)
+    with pytest.raises(ConfigError) as caught, closing_loader(loader):
+        list(loader)
     assert type(caught.value) is kind and str(caught.value) == "a.png: no image; remove it"

@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import make_tree
 from loading import CPU
 from PIL import Image
+from runs import make_tree
 
 from images import datasets
 from images.datasets import Digits, ImageTree, load_data

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same_bits
+from runs import assert_same_bits
 from small_models import copied, small_model, train_a_step
 from torch import nn
 

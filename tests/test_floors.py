@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from conftest import ROOT
+from programs import ROOT
 
 FLOORS = ["settings", "utils", "augment", "presets", "images", "learning", "stages", "reporting", "tracking", "train"]
 

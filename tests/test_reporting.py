@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, make_tree, metrics
+from programs import SMALL
+from runs import make_tree, metrics
 
 import train
 from images.loaders import EvalImages

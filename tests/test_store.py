@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_same_bits, checkpoint, make_tree
 from PIL import Image, ImageFilter
+from programs import SMALL
+from runs import assert_same_bits, checkpoint, make_tree
 
 from images import store, store_place
 from images.datasets import Data, Digits, ImageTree, load_data

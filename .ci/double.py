@@ -1,0 +1,25 @@
+"""Print what the tests of the ClearML double depend on, as one hash: its code, `tracking/`, the installed SDK and agent.
+
+With --check: exit status 0 if that is what they last passed with, as `tests/data/double.sha256` says.
+"""
+
+import hashlib
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PASSED = ROOT / "tests" / "data" / "double.sha256"
+
+
+def fingerprint() -> str:
+    digest = hashlib.sha256(f"{version('clearml')} {version('clearml-agent')}".encode())
+    for path in sorted([*ROOT.glob("tests/*clearml_server.py"), *ROOT.glob("tracking/*.py")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(not PASSED.exists() or PASSED.read_text().strip() != fingerprint())
+    print(fingerprint())
