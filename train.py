@@ -52,7 +52,7 @@ from stages import Plan, StageScheduler, make_plan
 from tracking.deadline import exit_now
 from tracking.run import find_dashboard
 from tracking.settings import find_settings
-from utils import Runtime, Stop, share_buffers, share_weights, start_runtime
+from utils import Runtime, Stop, cpu_seconds, share_buffers, share_weights, start_runtime
 
 
 def main(config: Config, dashboard: Dashboard) -> int:
@@ -151,7 +151,7 @@ def train_one_epoch(
     if ema is not None:
         ema.begin_epoch(state.epoch, loader.images_per_step)
     learner.net.train()
-    started, asked_to_stop = time.perf_counter(), False
+    started, cpu_before, asked_to_stop = time.perf_counter(), cpu_seconds(), False
     for step, images, targets in loader.epoch(state.epoch, state.step):
         runtime.draw_from(state.epoch, step)  # dropout and stochastic depth, so that a resume repeats them
         set_learning_rate(learner.optimizer, learning_rate(state.epoch + step / len(loader)))
@@ -166,6 +166,7 @@ def train_one_epoch(
             break
     losses.store(state)
     state.train_seconds += time.perf_counter() - started
+    state.cpu_seconds += cpu_seconds() - cpu_before
     state.wait_seconds += loader.wait_seconds
     return not asked_to_stop
 

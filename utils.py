@@ -5,12 +5,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -308,6 +309,16 @@ def share_weights(state: dict[str, Tensor] | None, model: nn.Module, runtime: Ru
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
     return model
+
+
+def cpu_seconds() -> float:
+    """Sum the processor seconds of this process and of those it started, as far as the system tells."""
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.Error):  # ended meanwhile; its parent then counts it
+            total += sum(process.cpu_times()[:4])  # user, system, and of the children that have ended
+    return total
 
 
 # ---- the wish to stop ----

@@ -51,11 +51,13 @@ class Data:
 class ImageTree:
     """The images of a folder that holds one folder per class, at any depth below it.
 
+    only: text file of the images to use, others are left out; see `keep_listed`
+
     Raises:
-        ConfigError: no such folder, no class folders, a class folder without images.
+        ConfigError: no such folder, no class folders, a class folder without images, a list that does not fit.
     """
 
-    def __init__(self, root: str, keep_list: bool = False):
+    def __init__(self, root: str, keep_list: bool = False, only: str | None = None):
         if not os.path.isdir(root):
             raise ConfigError(
                 f"no folder {root}; data_path and the names of its splits must lead to one folder per class"
@@ -68,7 +70,9 @@ class ImageTree:
             raise ConfigError(f"{root}: {str(error).splitlines()[0]}") from error
         if keep_list and listed is None:
             write_list(root, folders, self.samples)
-        self.root = root
+        if only is not None:
+            self.samples = keep_listed(self.samples, root, only)
+        self.root, self.only = root, only
         self.classes = [WORDNET_NAMES.get(folder, folder) for folder in folders]
 
     def __len__(self) -> int:
@@ -110,6 +114,30 @@ def naming_damage(path: str) -> Iterator[None]:
 def opened(images: Images, index: int) -> AbstractContextManager[tuple[Image.Image, int]]:
     """Open image `index`, not decoded yet if it comes from a file, with its class number."""
     return images.opened(index) if isinstance(images, ImageTree) else nullcontext(images[index])
+
+
+def keep_listed(samples: Sequence[tuple[str, int]], root: str, path: str) -> list[tuple[str, int]]:
+    """Choose the images that a text file lists: one path below `root` a line, with "/" between folders.
+
+    They stay in the order of the folder, so that a list's own order means nothing. Empty lines and lines that begin
+    with # are left out.
+
+    Raises:
+        ConfigError: the file cannot be read, lists nothing, or an image that is not there.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise ConfigError(f"cannot read the list of images {path}: {reason}") from error
+    names = {line for line in lines if line and not line.startswith("#")}
+    kept = [(file, target) for file, target in samples if os.path.relpath(file, root).replace(os.sep, "/") in names]
+    if len(kept) < len(names) or not names:
+        missing = names - {os.path.relpath(file, root).replace(os.sep, "/") for file, _ in kept}
+        example = f", such as {min(missing)}" if missing else ""
+        raise ConfigError(f"{path} lists {len(names)} images, {len(missing)} of them not in {root}{example}")
+    return kept
 
 
 def list_path(root: str) -> str:
@@ -235,7 +263,10 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     else:
         tree = fastai_tree(config, runtime)
         train_root, val_root = os.path.join(tree, "train"), os.path.join(tree, "val")
-    data = Data(train=ImageTree(train_root, config.cache_dataset), val=ImageTree(val_root, config.cache_dataset))
+    data = Data(
+        train=ImageTree(train_root, config.cache_dataset, config.train_list),
+        val=ImageTree(val_root, config.cache_dataset, config.val_list),
+    )
     if len(data.val) < runtime.world_size:
         raise ConfigError(f"{val_root} has {len(data.val)} images, too few for {runtime.world_size} processes")
     if data.train.classes != data.val.classes:

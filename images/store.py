@@ -204,6 +204,11 @@ def store_name(images: ImageTree, side: int) -> str:
     return f"{split_name(images)}-{side}-{key.hexdigest()[:16]}.images"
 
 
+def origin(images: ImageTree) -> str:
+    """Compute the digest of where images are from; a store made from there earlier is outdated by a new one."""
+    return digest(images.root if images.only is None else f"{images.root}\0{images.only}")
+
+
 def split_name(images: ImageTree) -> str:
     return os.path.basename(os.path.abspath(images.root))
 
@@ -296,7 +301,7 @@ def build(path: str, images: ImageTree, side: int) -> None:
             size = decoding.end.value
             file.seek(HEADER + size)
             file.write(index.tobytes())
-            header = dict(format=FORMAT, root=digest(images.root), side=side, images=len(images), bytes=size)
+            header = dict(format=FORMAT, root=origin(images), side=side, images=len(images), bytes=size)
             file.seek(0)
             file.write(json.dumps(header | {"checksum": checksum(index)}).ljust(HEADER).encode())
         os.replace(temporary, path)

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from images.datasets import Data, ImageTree
-from images.store import NoRoom, build, digest, estimate, open_store, read_header, store_name
+from images.store import NoRoom, build, estimate, open_store, origin, read_header, store_name
 from settings.errors import ConfigError
 from settings.table import Config
 from utils import Runtime
@@ -70,7 +70,7 @@ def remove_outdated(path: str, images: ImageTree) -> None:
         place = os.path.join(folder, other)
         with suppress(OSError, ValueError, KeyError):
             if other.endswith(".images"):
-                outdated = read_header(place)["root"] == digest(images.root)
+                outdated = read_header(place)["root"] == origin(images)
             else:
                 outdated = time.time() - os.path.getmtime(place) > 3600  # no one writes to it any more
             if outdated:

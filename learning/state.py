@@ -13,7 +13,8 @@ class RunState:
     """How far a run is; with the learner's weights, all that a resume needs.
 
     epoch, step: the next step to take
-    loss_sum, num_images, train_seconds, wait_seconds: of the part of `epoch` that is done, all processes
+    loss_sum, num_images: of the part of `epoch` that is done, all processes
+    train_seconds, wait_seconds, cpu_seconds: of that part; the last of this process and its workers
     best_top1, best_epoch, best_weights: percent, epoch and copy ("model" or "ema") of the best evaluation
     """
 
@@ -23,6 +24,7 @@ class RunState:
     num_images: int = 0
     train_seconds: float = 0.0
     wait_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     best_top1: float = -1.0
     best_epoch: int = -1
     best_weights: str = "model"
@@ -39,4 +41,4 @@ class RunState:
         """Go to the start of the next epoch: reset its step, sums and times."""
         self.epoch += 1
         self.step = self.num_images = 0
-        self.loss_sum = self.train_seconds = self.wait_seconds = 0.0
+        self.loss_sum = self.train_seconds = self.wait_seconds = self.cpu_seconds = 0.0

@@ -23,6 +23,7 @@ METRICS, SUMMARY, REPORT, CHECKPOINT, BEST = (
     "metrics.jsonl", "summary.json", "report.html", "checkpoint.pth", "model_best.pth",
 )  # fmt: skip
 PLAN, CLEARML, TASK = "report/plan.json", "clearml", "clearml/task.json"
+HELD_OUT = "held_out.json"  # what the best weights come to on images that chose nothing
 
 
 def confusion_file(weights: str) -> str:
@@ -55,7 +56,7 @@ class RunFolder:
             name
             for name in (
                 RUN_SETTINGS, METRICS, SUMMARY, CHECKPOINT, "checkpoint_previous.pth", BEST, REPORT,
-                confusion_file("best"), confusion_file("last"), TASK,
+                confusion_file("best"), confusion_file("last"), HELD_OUT, TASK,
             )
             if self.has(name)
         ]  # fmt: skip

@@ -40,6 +40,7 @@ def epoch_record(stage: Stage, state: RunState, learner: Learner, scores: Mappin
         "top1_ema": average and average.top1,
         "images_per_second": state.num_images / state.train_seconds,
         "epoch_seconds": state.train_seconds,
+        "cpu_seconds": state.cpu_seconds,
         "data_wait_fraction": state.wait_seconds / state.train_seconds,
         "gpu_memory_gib": learner.runtime.peak_memory_gib(),
         "non_finite": ["val_loss"] if diverged else [],

@@ -61,7 +61,8 @@ DATASETS = (
     "imagefolder", "imagenette", "imagenette-320px", "imagenette-160px",
     "imagewoof", "imagewoof-320px", "imagewoof-160px", "digits",
 )  # fmt: skip
-DOWNLOADS = DATASETS[1:-1]
+ON_DISK = DATASETS[:-1]
+DOWNLOADS = ON_DISK[1:]
 POLICIES = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")
 RA_SCALE_END = {"torchvision": 30.0, "paper": 30.0}  # bins of 30; tenths, three times the range
 
@@ -81,6 +82,8 @@ class Config:
     download: bool = setting(False, "fetch Imagenette or Imagewoof into data_path when it is not there", kind="bool", group="data", needs=("dataset", DOWNLOADS))
     train_split: str = setting("train", "folder of the training images below data_path (imagefolder)", kind="str", group="data", needs=("dataset", ("imagefolder",)))
     val_split: str = setting("val", "folder of the validation images below data_path (imagefolder)", kind="str", group="data", needs=("dataset", ("imagefolder",)))
+    train_list: str | None = setting(None, "text file of the training images to use, one path below the split's folder a line; unset: all", kind="str", group="data", optional=True, needs=("dataset", ON_DISK))
+    val_list: str | None = setting(None, "the same for validation", kind="str", group="data", optional=True, needs=("dataset", ON_DISK))
     cache_dataset: bool = setting(False, "keep the list of an imagefolder's files for the next start; listed anew when a class folder changed", kind="bool", group="data", needs=("dataset", ("imagefolder",)))
     decode_cache: str = setting("auto", "keep images decoded, once for all epochs and runs: auto (where there is room), off, or the folder to keep them in", kind="str", group="data")
     augment_on: str = setting("auto", "augment image by image in workers, or in batches on the device; auto: device if that is CUDA and the policy has a batch form (ra or none)", kind="str", group="data", choices=("auto", "worker", "device"))

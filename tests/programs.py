@@ -188,6 +188,11 @@ def upload(folder, env, honest=False):
     return finished(Forked("tracking/__main__.py", ["upload", folder], environment(env)))
 
 
+def sweep_popen(*flags):
+    """Start sweep.py, its runs by fake_train.py."""
+    return (Forked if FORKS else Started)("tests/fake_sweep.py", flags, environment())
+
+
 def ranks(count, folder, *flags, script="train.py", env=None):
     """Run a script in `count` processes that meet through a file, which no one else can have taken as a port."""
     meeting = ["--dist-url", f"file://{tempfile.mkdtemp(dir=folder)}/meeting"]

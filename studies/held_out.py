@@ -1,0 +1,99 @@
+"""What the best weights of a run come to on images that neither trained nor chose them.
+
+    python -m studies.held_out RUN_FOLDER SPLIT
+
+Evaluates `model_best.pth` at test size on the folder SPLIT beside the run's training images, and writes
+`held_out.json` into the run's folder. With two classes, the second one counts as the positive one.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+from images.datasets import Data, load_data
+from images.loaders import eval_loader
+from images.workers import closing_loader
+from learning.learner import build_learner
+from learning.weights import read_weights
+from reporting.folder import BEST, HELD_OUT, RunFolder
+from settings.errors import ConfigError, tell
+from settings.resolve import resolve
+from utils import Runtime, start_runtime
+
+
+def evaluate_held_out(folder: RunFolder, split: str) -> dict[str, Any]:
+    """Evaluate the best weights of a run on another split.
+
+    Raises:
+        ConfigError: no run, no such split, or one of other classes.
+    """
+    if folder.summary() is None:
+        raise ConfigError(f"{folder.path} holds no finished run; give the folder of one")
+    values = folder.settings()
+    values.pop("weights", None)
+    config = replace(resolve([], values), val_split=split, val_list=None, decode_cache="off")
+    runtime = start_runtime(config)
+    data = load_data(config, runtime)
+    learner, _ = build_learner(config, len(data.classes), read_weights(config.model, folder.at(BEST)), runtime)
+    probabilities, targets = predict(learner.model, data, config, runtime)
+    return scores(probabilities, targets)
+
+
+@torch.inference_mode()
+def predict(model: torch.nn.Module, data: Data, config: Any, runtime: Runtime) -> tuple[NDArray, NDArray]:
+    """Compute the probabilities (N, K) of all validation images, and their class numbers (N,)."""
+    model.eval()
+    probabilities, targets = [], []
+    with closing_loader(eval_loader(config, data, runtime, config.val_crop_size)) as loader:
+        for images, numbers in loader:
+            images = images.to(runtime.device, memory_format=runtime.memory_format)
+            with runtime.autocast():
+                output = model(images)
+            probabilities.append(output.float().softmax(1).cpu().numpy())
+            targets.append(numbers.numpy())
+    return np.concatenate(probabilities), np.concatenate(targets)
+
+
+def scores(probabilities: NDArray, targets: NDArray) -> dict[str, Any]:
+    """Compute accuracy; for two classes also the area under the ROC curve, sensitivity and specificity.
+
+    probabilities: (N, K); targets: (N,) class numbers
+
+    Returns: percent, but for `auc`, which lies in [0, 1].
+    """
+    predicted = probabilities.argmax(1)
+    found: dict[str, Any] = {
+        "held_out_top1": 100 * float((predicted == targets).mean()),
+        "held_out_images": len(targets),
+    }
+    if probabilities.shape[1] == 2:
+        positive = targets == 1
+        found["auc"] = float(roc_auc_score(positive, probabilities[:, 1]))
+        found["sensitivity"] = 100 * float((predicted[positive] == 1).mean())
+        found["specificity"] = 100 * float((predicted[~positive] == 0).mean())
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) != 2:
+        raise ConfigError("usage: python -m studies.held_out RUN_FOLDER SPLIT")
+    folder = RunFolder(arguments[0])
+    found = evaluate_held_out(folder, arguments[1])
+    folder.write(HELD_OUT, json.dumps(found))
+    print(", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as error:
+        tell(error)
+        sys.exit(2)

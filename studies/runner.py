@@ -1,0 +1,184 @@
+"""The runs of a study, one after another or several at once, each resumed where it was cut."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from learning.checkpoint import previous_checkpoint
+from reporting.folder import BEST, RunFolder
+from studies.launch import STOPPED, Attempt, Launcher
+from studies.rows import Results, Row, epoch_rows, finished_row
+from studies.study import Run, Study
+
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    state: "waiting", "training", "done", "failed" or "stopped"
+    epoch: epochs trained
+    seconds, work: of them, and their multiply-adds, in billions of an image's forward pass
+    note: the accuracy of a finished run, why a failed one failed
+    """
+
+    state: str = "waiting"
+    epoch: int = 0
+    seconds: float = 0.0
+    work: float = 0.0
+    note: str = ""
+
+    @property
+    def open(self) -> bool:
+        return self.state in ("waiting", "training", "stopped")
+
+
+class Runner:
+    """Carries out the runs of a study.
+
+    deadline: on the clock of `time.monotonic`; what is under way then is stopped, saved
+    show: called when something may have changed
+    keep: keep checkpoints of finished runs
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        results: Results,
+        launcher: Launcher,
+        deadline: float | None = None,
+        show: Callable[["Runner"], None] = lambda runner: None,
+        keep: bool = False,
+    ):
+        self.study, self.results, self.launcher, self.deadline = study, results, launcher, deadline
+        self.show, self.keep = show, keep
+        self.progress = {run: Progress() for run in study.runs}
+        self.attempts: dict[Run, Attempt] = {}
+        self.stopping = False
+        for run in study.runs:
+            row = results.row(run)
+            if row is not None:
+                self.progress[run] = Progress("done", run.config.epochs, note=self.outcome(row))
+
+    def run(self) -> int:
+        """Carry out all runs; return the exit status: 0 all done, 1 some failed, 3 stopped before the end."""
+        with asking(self.stop):
+            while True:
+                self.look()
+                if self.deadline is not None and time.monotonic() >= self.deadline:
+                    self.stop()
+                if not self.stopping:
+                    self.fill()
+                self.show(self)
+                if not self.attempts:
+                    break
+                time.sleep(POLL_SECONDS)
+        states = [progress.state for progress in self.progress.values()]
+        if self.stopping and any(progress.open for progress in self.progress.values()):
+            return STOPPED
+        return 0 if all(state == "done" for state in states) else 1
+
+    def stop(self) -> None:
+        """Ask what is under way to save and end, and start nothing more."""
+        if not self.stopping:
+            self.stopping = True
+            for attempt in self.attempts.values():
+                attempt.stop()
+
+    def fill(self) -> None:
+        """Start runs until as many are under way as may be."""
+        for run in self.study.runs:
+            if len(self.attempts) >= self.launcher.at_once:
+                return
+            if self.progress[run].state in ("waiting", "stopped") and self.ready(run):
+                self.progress[run].state = "training"
+                self.attempts[run] = self.launcher.start(run)
+
+    def ready(self, run: Run) -> bool:
+        """Check whether the weights that a run starts from are there; if their run failed, so has this one.
+
+        A source of which only the row is here, because it was trained elsewhere, is trained again for its weights.
+        """
+        if run.source is None:
+            return True
+        source = self.progress[run.source]
+        if source.state == "failed":
+            self.progress[run] = Progress("failed", note=f"needs the weights of {run.source.name}")
+        elif source.state == "done":
+            if os.path.exists(os.path.join(run.source.folder, BEST)):
+                return True
+            self.progress[run.source] = Progress()
+        return False
+
+    def look(self) -> None:
+        """Note how far the runs are, and conclude those that have ended."""
+        for run, attempt in list(self.attempts.items()):
+            status = attempt.poll()
+            self.measure(run)
+            if status is not None:
+                del self.attempts[run]
+                self.conclude(run, status, attempt)
+
+    def measure(self, run: Run) -> None:
+        """Read the epochs that a run has trained, what they took and what they cost."""
+        progress, costs = self.progress[run], run.plan.gflops_per_image
+        records = RunFolder(run.folder).metrics()
+        progress.epoch = len(records)
+        progress.seconds = sum(record["epoch_seconds"] for record in records)
+        progress.work = sum(costs[record["stage"]] for record in records)
+
+    def conclude(self, run: Run, status: int, attempt: Attempt) -> None:
+        """Note how a run ended, and keep its rows if it is finished."""
+        progress = self.progress[run]
+        if status == 0:
+            row = self.results.row(run)
+            if row is None:
+                row = finished_row(run, self.study, self.launcher.machine())
+                self.results.add(run, row, epoch_rows(run))
+            progress.state, progress.note = "done", self.outcome(row)
+            if not self.keep:
+                discard_checkpoints(run.folder)
+        elif status == STOPPED:
+            progress.state = "stopped"
+        else:
+            progress.state, progress.note = "failed", attempt.reason()
+
+    def outcome(self, row: Row) -> str:
+        return f"{self.study.metric} {row[self.study.metric]:.2f}"
+
+    def seconds_left(self) -> float | None:
+        """Predict the seconds of training that are left, from those of the epochs so far; None before the first."""
+        work = sum(progress.work for progress in self.progress.values())
+        if not work:
+            return None
+        spent = sum(progress.seconds for progress in self.progress.values())
+        left = sum(run.gflops - progress.work for run, progress in self.progress.items() if progress.open)
+        return left * spent / work / self.launcher.at_once
+
+
+@contextmanager
+def asking(stop: Callable[[], None]) -> Iterator[None]:
+    """Within, SIGINT and SIGTERM call `stop` instead of ending the program."""
+
+    def handler(number: int, frame: Any) -> None:
+        stop()
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def discard_checkpoints(folder: str) -> None:
+    """Remove the checkpoints of a finished run; its best weights and figures stay."""
+    path = RunFolder(folder).checkpoint
+    for file in (path, previous_checkpoint(path)):
+        with suppress(FileNotFoundError):
+            os.remove(file)

@@ -1,0 +1,136 @@
+"""A sweep on the terminal: its plan, a live table with a line per run, its means and differences."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from studies.rows import Row
+from studies.runner import Progress, Runner
+from studies.statistics import Estimate, difference, mean_of
+from studies.study import Study
+
+COLOURS = {"done": "green", "failed": "red", "training": "cyan", "stopped": "yellow", "waiting": "dim"}
+
+
+def duration(seconds: float | None) -> str:
+    """Format seconds as `3:25:07` or `25:07`."""
+    if seconds is None:
+        return ""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def plain_table(heads: Sequence[str], rows: Sequence[Sequence[Any]] = ()) -> Table:
+    """Build a table: the first column to the left, the others to the right."""
+    table = Table(box=None, pad_edge=False)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
+class Screen:
+    """Shows how a sweep goes: as one table that changes, or, where the output is no terminal, a line for each change."""
+
+    def __init__(self, study: Study):
+        self.study = study
+        self.console = Console(width=None if Console().is_terminal else 160, highlight=False, markup=False)
+        self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self.told: dict[str, str] = {}
+        self.started = time.monotonic()
+
+    def __enter__(self) -> "Screen":
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def plan(self, images: dict[str, int], done: int) -> None:
+        """Print what will be run: for each condition its epochs, images and arithmetic against the control's.
+
+        images: training images of each condition's data
+        """
+        runs = {
+            condition: [run for run in self.study.runs if run.condition == condition]
+            for condition in self.study.conditions
+        }
+        basis = runs[self.study.control][0].gflops * images[self.study.control]
+        rows = []
+        for condition, several in runs.items():
+            run = several[0]
+            seen = run.config.epochs * images[condition]
+            sizes = "-".join(dict.fromkeys(str(stage.image_size) for stage in run.plan.stages))
+            cost = run.gflops * images[condition] / basis
+            rows.append([condition, len(several), sizes, run.config.epochs, f"{seen:,}", f"{cost:.3f}"])
+        heads = ["condition", "runs", "sizes, px", "epochs", "images", f"cost / {self.study.control}"]
+        self.console.print(self.study.title)
+        self.console.print(plain_table(heads, rows))
+        total = sum(run.gflops * images[run.condition] for run in self.study.runs) / basis
+        self.console.print(
+            f"{len(self.study.runs)} runs, {done} of them finished; cost {total:.2f} of one {self.study.control} run"
+        )
+
+    def update(self, runner: Runner) -> None:
+        """Show how far the runs are."""
+        if self.live is not None:
+            self.live.update(self.table(runner), refresh=True)
+            return
+        for run, progress in runner.progress.items():
+            line = f"{run.name}: {state_text(progress, run.config.epochs)}"
+            if self.told.get(run.name) != line and (progress.state != "waiting" or run.name in self.told):
+                self.told[run.name] = line
+                left = runner.seconds_left()
+                self.console.print(line + (f" ({duration(left)} of training left in all)" if left else ""))
+
+    def table(self, runner: Runner) -> Table:
+        """Build the live table."""
+        left = runner.seconds_left()
+        counts = [progress.state for progress in runner.progress.values()]
+        head = f"{counts.count('done')} of {len(counts)} done, {duration(time.monotonic() - self.started)} so far"
+        if left is not None:
+            head += f", {duration(left)} of training left"
+        table = plain_table(["run", "state", "epochs", "training", head])
+        for run, progress in runner.progress.items():
+            epochs = f"{progress.epoch}/{run.config.epochs}"
+            seconds = duration(progress.seconds) if progress.seconds else ""
+            table.add_row(run.name, progress.state, epochs, seconds, progress.note, style=COLOURS[progress.state])
+        return table
+
+    def outcome(self, rows: Sequence[Row]) -> None:
+        """Print mean and interval of each condition, and its difference from the control, paired by seed."""
+        study, lines = self.study, []
+        for condition in study.conditions:
+            found = mean_of(rows, condition, study.metric)
+            if found is None:
+                continue
+            against = difference(rows, condition, study.control, study.metric) if condition != study.control else None
+            verdict = "" if against is None else "undecided" if against.undecided else "differs"
+            lines.append([condition, found.n, estimate_text(found), estimate_text(against, sign=True), verdict])
+        if lines:
+            heads = ["condition", "n", f"{study.metric}, 95 % interval", f"above {study.control}, paired by seed", ""]
+            self.console.print(plain_table(heads, lines))
+
+
+def state_text(progress: Progress, epochs: int) -> str:
+    """Describe how far a run is in a line of its own."""
+    if progress.state == "training":
+        return f"training, {progress.epoch} of {epochs} epochs"
+    return f"{progress.state}{', ' if progress.note else ''}{progress.note}"
+
+
+def estimate_text(found: Estimate | None, sign: bool = False) -> str:
+    """Format an estimate as `71.20 [69.80, 72.60]`."""
+    if found is None:
+        return ""
+    form = "{:+.2f}" if sign else "{:.2f}"
+    text = form.format(found.mean)
+    return text if found.low is None else f"{text} [{form.format(found.low)}, {form.format(found.high)}]"

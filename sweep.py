@@ -1,0 +1,142 @@
+"""Carry out a study: every run of its conditions and seeds, and the rows that come of them.
+
+    python sweep.py configs/studies/dropout.yaml --plan
+    python sweep.py configs/studies/dropout.yaml
+    python sweep.py configs/studies/dropout_small.yaml --parallel 2 -- --data-path data --workers 0
+    python sweep.py configs/studies/dropout.yaml --on clearml --queue default
+
+What follows `--` goes to every run. All runs are checked before the first starts. Finished runs have a row in
+`results/` and are not run again; a run that was cut goes on where it stopped. A run that fails does not end the rest.
+
+Exit status: 0 all runs finished; 1 some failed; 2 wrong input; 3 stopped before the end, the same command continues.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from filelock import FileLock, Timeout
+
+from images.datasets import load_data
+from settings.errors import ConfigError, tell
+from settings.values import seconds
+from studies.launch import Local
+from studies.rows import Results
+from studies.runner import Runner
+from studies.screen import Screen
+from studies.study import Study, read_study
+from tracking.queue import Queue
+from utils import Runtime
+
+
+def main(options: argparse.Namespace, flags: Sequence[str]) -> int:
+    """Carry out the study; return the exit status."""
+    name = os.path.splitext(os.path.basename(options.study))[0]
+    folder = os.path.join(options.output_dir, name)
+    deadline = None if options.time_budget is None else time.monotonic() + seconds(options.time_budget)
+    study = read_study(options.study, folder, flags)
+    results = Results(study, options.results)
+    with Screen(study) as screen:
+        screen.plan(count_images(study), sum(results.row(run) is not None for run in study.runs))
+        if options.plan:
+            return 0
+        with alone(folder):
+            launcher = Queue(options.queue, study.runs) if options.on == "clearml" else Local(options.parallel)
+            status = Runner(study, results, launcher, deadline, screen.update, options.keep_checkpoints).run()
+        screen.outcome(results.rows)
+    return status
+
+
+def count_images(study: Study) -> dict[str, int]:
+    """Count the training images of each condition; the data of each is found and looked through on the way.
+
+    Raises:
+        ConfigError: naming the condition whose data are not there.
+    """
+    counts: dict[tuple, int] = {}
+    found = {}
+    for run in study.runs:
+        config = run.config
+        key = (
+            config.dataset,
+            config.data_path,
+            config.train_split,
+            config.val_split,
+            config.train_list,
+            config.val_list,
+        )
+        if key not in counts:
+            try:
+                counts[key] = len(load_data(config, Runtime(device=torch.device("cpu"))).train)
+            except ConfigError as error:
+                raise ConfigError(f"condition {run.condition}: {error}") from error
+        found[run.condition] = counts[key]
+    return found
+
+
+class alone:
+    """Within, no other sweep works in `folder`; the lock of a dead one does not count.
+
+    Raises:
+        ConfigError: one does.
+    """
+
+    def __init__(self, folder: str):
+        os.makedirs(folder, exist_ok=True)
+        self.folder, self.lock = folder, FileLock(os.path.join(folder, ".lock"))
+
+    def __enter__(self) -> None:
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"another sweep works in {self.folder}; wait for it, or give another --output-dir"
+            ) from error
+
+    def __exit__(self, *exception: object) -> None:
+        self.lock.release()
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise argparse's message as a ConfigError."""
+        raise ConfigError(message)
+
+
+def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line: the sweep's own options, and what follows `--` for the runs."""
+    own, flags = list(argv), []
+    if "--" in own:
+        split = own.index("--")
+        own, flags = own[:split], own[split + 1 :]
+    parser = Parser(
+        "sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("study", help="a file such as those in configs/studies/")
+    parser.add_argument("--plan", action="store_true", help="print the runs and what they cost, train nothing")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at once; on a CPU each gets its share of the cores (default: 1)")  # fmt: skip
+    parser.add_argument("--on", choices=("here", "clearml"), default="here", help="where runs are carried out; clearml: by the agents of --queue (default: here)")  # fmt: skip
+    parser.add_argument("--queue", metavar="NAME", help="of ClearML")
+    parser.add_argument("--time-budget", metavar="TIME", help="stop after this long (90s, 25m, 1.5h), saved; exit status 3")  # fmt: skip
+    parser.add_argument("--output-dir", default="runs/studies", metavar="DIR", help="below it each study and run has a folder (default: runs/studies)")  # fmt: skip
+    parser.add_argument(
+        "--results", default="results", metavar="DIR", help="where the rows are kept (default: results)"
+    )
+    parser.add_argument("--keep-checkpoints", action="store_true", help="keep those of finished runs, not only their best weights")  # fmt: skip
+    options = parser.parse_args(own)
+    if options.parallel < 1:
+        raise ConfigError(f"--parallel must be 1 or more, got {options.parallel}")
+    if (options.on == "clearml") != (options.queue is not None):
+        raise ConfigError("--on clearml and --queue NAME belong together; give both or neither")
+    return options, flags
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*read_options(sys.argv[1:])))
+    except ConfigError as error:
+        tell(error)
+        sys.exit(2)

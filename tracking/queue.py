@@ -1,0 +1,142 @@
+"""The runs of a study as tasks of ClearML, which agents carry out: the way past one machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from typing import Any
+
+from reporting.folder import METRICS, SUMMARY, RunFolder
+from settings.errors import ConfigError
+from studies.launch import STOPPED
+from studies.study import Run
+from tracking.run import requirements
+from tracking.server import ROOT, find_task, load_sdk, why_no_server
+from tracking.settings import send_settings
+
+QUEUED = "queued.json"  # in a run's folder: the task it is
+ASK_SECONDS = 15.0  # between two questions about a task
+ENDED_BADLY = {"failed": "failed on its agent", "stopped": "was aborted", "closed": "was closed without an outcome"}
+
+
+class Queue:
+    """Sends runs to a queue of ClearML; all at once, agents take them as they come.
+
+    Raises:
+        ConfigError: no server answers, it has no such queue, or agents could not fetch this code.
+    """
+
+    def __init__(self, name: str, runs: list[Run]):
+        self.name, self.at_once = name, len(runs)
+        for run in runs:
+            if run.source is not None or run.held_out is not None:
+                what = "starts from another's weights" if run.source is not None else "evaluates held-out images"
+                raise ConfigError(f"--on clearml: {run.condition} {what}, which lie on one machine; leave --on out")
+        if shutil.which("git") is None:
+            raise ConfigError("--on clearml needs git, by which agents fetch this code")
+        reason = why_no_server()
+        if reason is not None:
+            raise ConfigError(f"--on clearml: {reason}; set it up with clearml-init")
+        from clearml.backend_api.session.client import APIClient
+
+        queues = {queue.name for queue in APIClient().queues.get_all()}
+        if name not in queues:
+            raise ConfigError(
+                f"--queue {name}: the server has none of this name; it has {', '.join(sorted(queues)) or 'none'}"
+            )
+        self.code = pushed_code()
+
+    def start(self, run: Run) -> "QueuedRun":
+        """Make the task of a run and queue it, or find the one that an earlier sweep has sent."""
+        folder = RunFolder(run.folder)
+        sent = folder.read_json(QUEUED)
+        task = sent and find_task(sent["id"])
+        if task is None or task.get_status() in ENDED_BADLY:
+            task = self.make(run)
+            os.makedirs(run.folder, exist_ok=True)
+            folder.write(QUEUED, json.dumps({"id": task.id}))
+            load_sdk().Task.enqueue(task, queue_name=self.name)
+        return QueuedRun(run, task)
+
+    def make(self, run: Run) -> Any:
+        """Make a task with the settings of a run, as if train.py had made it."""
+        Task = load_sdk().Task
+        study = os.path.basename(os.path.dirname(run.folder))
+        task = Task.create(
+            project_name=run.config.clearml_project,
+            task_name=f"{study}: {run.name}",
+            task_type="training",
+            packages=[f"{package}=={version}" for package, version in requirements()],
+            add_task_init_call=False,
+        )
+        repository, commit = self.code
+        task.set_script(
+            repository=repository, commit=commit, branch="", diff="", working_dir=".", entry_point="train.py"
+        )
+        task.add_tags([study, run.condition])
+        send_settings(task, run.config)
+        return task
+
+    def machine(self) -> dict[str, Any]:
+        return {}
+
+
+class QueuedRun:
+    """A run that lies in a queue or is carried out by an agent."""
+
+    def __init__(self, run: Run, task: Any):
+        self.run, self.task = run, task
+        self.left, self.due, self.status = False, 0.0, ""
+
+    def poll(self) -> int | None:
+        """Return 0 with the run's files fetched, 1 if it failed, STOPPED where the sweep leaves it to the agents."""
+        if self.left:
+            return STOPPED
+        if time.monotonic() < self.due:
+            return None
+        self.due = time.monotonic() + ASK_SECONDS
+        self.task.reload()
+        self.status = str(self.task.get_status())
+        if self.status in ("completed", "published"):
+            folder = RunFolder(self.run.folder)
+            for name in (METRICS, SUMMARY):  # the summary last: with it the run is complete
+                artifact = self.task.artifacts.get(name)
+                local = artifact and artifact.get_local_copy(extract_archive=False)
+                if not local:
+                    self.status = f"completed without {name}"
+                    return 1
+                with open(local, encoding="utf-8") as file:
+                    folder.write(name, file.read())
+            return 0
+        return 1 if self.status in ENDED_BADLY else None
+
+    def stop(self) -> None:
+        """Leave the run to the agents; the next sweep finds it by its task."""
+        self.left = True
+
+    def reason(self) -> str:
+        said = " ".join((getattr(self.task.data, "status_message", "") or "").split())
+        return f"task {self.task.id} {ENDED_BADLY.get(self.status, self.status)}{': ' if said else ''}{said}"
+
+
+def pushed_code() -> tuple[str, str]:
+    """Find where agents fetch this code: the address of the repository, and the commit.
+
+    Raises:
+        ConfigError: no repository, no remote, changes that are in no commit, or a commit that no remote branch has.
+    """
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    remote = git("remote").split("\n")[0]
+    address, commit = git("remote", "get-url", remote) if remote else "", git("rev-parse", "HEAD")
+    if not address or not commit:
+        raise ConfigError("--on clearml: this folder is no git clone with a remote, from which agents fetch the code")
+    if git("status", "--porcelain", "--untracked-files=no"):
+        raise ConfigError("--on clearml: agents fetch a commit, and files have changed since; commit and push them")
+    if not git("branch", "--remotes", "--contains", commit):
+        raise ConfigError(f"--on clearml: commit {commit[:12]} is not pushed to {remote}; push it")
+    return address, commit
