@@ -182,7 +182,8 @@ class Together:
             halves: list[Any] = [half.grad for _, half in reached]
             torch._foreach_copy_(whole, halves)
             for (weight, half), gradient in zip(reached, whole):
-                weight.grad, half.grad = gradient, None
+                weight.grad = gradient
+                half.grad = None
         if counters:
             torch._foreach_add_(counters, 1)
 
