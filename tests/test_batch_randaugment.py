@@ -11,7 +11,9 @@ from augment.at_once import augment_at_once
 from augment.batch import augment_by_group, draw_groups, to_device
 from augment.draws import uniforms
 from augment.randaugment import OPERATIONS
+from images.sources import augment_whole
 from presets import BatchPreset
+from utils import Runtime
 
 NAMES = list(OPERATIONS)
 
@@ -118,21 +120,25 @@ def test_every_operation_on_a_gpu_is_the_cpu_s_to_a_grey_level():
 @pytest.mark.gpu
 @needs_gpu
 def test_a_gpu_is_never_waited_for_and_is_given_few_kernels():
+    device = torch.device("cuda")
+    runtime = Runtime(device=device, memory_format=torch.channels_last)
     preset = BatchPreset(image_size=64, ra_magnitude=9, random_erase=0.25)
-    images = torch.zeros(32, 3, 64, 64, dtype=torch.uint8, device="cuda")
+    flat = torch.randint(0, 256, (32 * 80 * 90, 3), dtype=torch.uint8, device=device)
+    starts, sides, classes = np.arange(32) * 80 * 90, np.full(32, 80), np.zeros(32, np.int64)
 
-    def batch(epoch):
-        return preset.finish(images, to_device(preset.choose(uniforms(0, keys(32, epoch))), images.device))
+    def cropped_and_augmented(epoch):
+        draws = uniforms(0, keys(32, epoch))
+        return augment_whole(flat, starts, sides, np.full(32, 90), classes, preset, draws, runtime)[0]
 
-    batch(0)
-    torch.cuda.synchronize()
+    assert cropped_and_augmented(0).is_contiguous(memory_format=torch.channels_last)
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.cuda.set_sync_debug_mode("error")
-        with torch.profiler.profile() as profile:
-            batch(1)
-            torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.synchronize()
+        cropped_and_augmented(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    launches = sum(event.count for event in profile.key_averages() if "cudaLaunchKernel" in event.key)
+    crops, choices = torch.zeros(32, 3, 64, 64, dtype=torch.uint8, device=device), preset.choose(uniforms(0, keys(32)))
+    with torch.profiler.profile() as profile:
+        preset.finish(crops, to_device(choices, device))
+        torch.cuda.synchronize()
+    launches = sum(event.count for event in profile.key_averages() if event.key.startswith("cudaLaunchKernel"))
     assert 50 < launches <= 100
