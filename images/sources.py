@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, InterpolationMode
 
-from augment.batch import crop_batch, crop_tensor, to_device
-from augment.draws import FLIP, Array, uniforms
+from augment.batch import crop_batch, crop_rows, crop_tensor, to_device
+from augment.draws import Array, uniforms
 from augment.pixels import crop_pil, to_rgb
 from images.datasets import Images, ImageTree, opened
 from images.order import Draw, DrawSampler
@@ -48,7 +48,7 @@ class DrawnImages(Dataset):
 class CroppedImages(Dataset):
     """Batches of images, cropped, resized and flipped as a batch preset draws; the rest is left to the device.
 
-    A batch is uint8 (N, 3, S, S), class numbers (N,), keys of the samples (N, 3).
+    A batch is uint8 (N, 3, S, S), class numbers (N,), what is left to do (`BatchPreset.choose`).
     """
 
     def __init__(self, images: Images, preset: BatchPreset, seed: int):
@@ -62,7 +62,7 @@ class CroppedImages(Dataset):
     def __getitems__(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
         """Load the batch of the samples with these keys."""
         size = self.preset.image_size
-        numbers = uniforms(self.seed, draws, slice(0, FLIP + 1))
+        numbers = uniforms(self.seed, draws)
         indices = [index for _, index, _ in draws]
         if isinstance(self.images, StoredImages):
             crops = self.from_store(self.images, indices, numbers)
@@ -74,7 +74,7 @@ class CroppedImages(Dataset):
         for i, (crop, target) in enumerate(crops):
             batch[i] = crop.flip(2) if flips[i] else crop
             targets[i] = target
-        return batch, targets, torch.tensor(draws)
+        return batch, targets, torch.from_numpy(self.preset.choose(numbers))
 
     def from_store(self, images: StoredImages, indices: list[int], numbers: Array) -> Iterator[tuple[Tensor, int]]:
         """Yield the crop (3, S, S) and the class number of each of `indices`, out of the store."""
@@ -230,9 +230,8 @@ class CroppedByWorkers(WorkerSource):
         super().__init__(CroppedImages(images, preset, seed), seed, runtime, workers, collate_fn=as_it_is)
 
     def finish(self, loaded: Any) -> tuple[Tensor, Tensor]:
-        images, targets, keys = loaded
-        numbers = uniforms(self.seed, keys.tolist())
-        return self.preset.finish(self.to_device(images), numbers), self.to_device(targets)
+        images, targets, choices = (self.to_device(part) for part in loaded)
+        return self.preset.finish(images, choices, self.runtime.memory_format), targets
 
     def samples(self, draws: Sequence[Draw]) -> Tensor:
         return self.finish(self.dataset.__getitems__(draws))[0].cpu()
@@ -254,8 +253,8 @@ class DecodedOnDevice(WorkerSource):
         heights, widths = np.array([image.shape[:2] for image in decoded]).T
         starts = np.cumsum(heights * widths) - heights * widths
         flat = torch.cat([image.reshape(-1, 3) for image in decoded])
-        images = augment_whole(flat, starts, heights, widths, self.preset, uniforms(self.seed, draws))
-        return images, self.to_device(targets)
+        numbers = uniforms(self.seed, draws)
+        return augment_whole(flat, starts, heights, widths, targets.numpy(), self.preset, numbers, self.runtime)
 
     def samples(self, draws: Sequence[Draw]) -> Tensor:
         return self.finish(self.dataset.__getitems__(draws))[0].cpu()
@@ -278,10 +277,10 @@ class ResidentOnDevice(Source):
         assert store.resident is not None
         indices = [index for _, index, _ in loaded]
         rows = store.index[indices]
-        images = augment_whole(
-            store.resident, rows["offset"] // 3, rows["height"], rows["width"], self.preset, uniforms(self.seed, loaded)
-        )
-        return images, to_device(np.array([store.targets[index] for index in indices]), self.runtime.device)
+        targets = np.array([store.targets[index] for index in indices])
+        place = (rows["offset"] // 3, rows["height"], rows["width"])
+        numbers = uniforms(self.seed, loaded)
+        return augment_whole(store.resident, *place, targets, self.preset, numbers, self.runtime)
 
     def samples(self, draws: Sequence[Draw]) -> Tensor:
         return self.finish(draws)[0].cpu()
@@ -291,14 +290,28 @@ class ResidentOnDevice(Source):
 
 
 def augment_whole(
-    flat: Tensor, starts: NDArray, heights: NDArray, widths: NDArray, preset: BatchPreset, numbers: Array
-) -> Tensor:
-    """Crop and augment whole images that lie one after the other on the device.
+    flat: Tensor,
+    starts: NDArray,
+    heights: NDArray,
+    widths: NDArray,
+    targets: NDArray,
+    preset: BatchPreset,
+    draws: Array,
+    runtime: Runtime,
+) -> tuple[Tensor, Tensor]:
+    """Crop and augment whole images that lie one after the other on the device; return them and their class numbers.
 
-    flat: (P, 3) uint8; starts, heights, widths: (N,) first pixel and size of each; numbers: (N, NUM_DRAWS)
+    All that the host has decided goes to the device in one copy.
+
+    flat: (P, 3) uint8; starts, heights, widths, targets: (N,) first pixel, size and class number of each
+    draws: (N, NUM_DRAWS)
     """
-    boxes = preset.boxes(numbers, heights, widths)
-    return preset.finish(crop_batch(flat, starts, widths, boxes, preset.flips(numbers), preset.image_size), numbers)
+    boxes = preset.boxes(draws, heights, widths)
+    rows = crop_rows(starts, widths, boxes, preset.flips(draws))
+    packed = to_device(np.column_stack([rows, preset.choose(draws), targets]), flat.device)
+    crops, choices, classes = packed.split([rows.shape[1], preset.CHOICES, 1], dim=1)
+    images = crop_batch(flat, crops, boxes[:, 2:].max(axis=0).tolist(), preset.image_size)
+    return preset.finish(images, choices, runtime.memory_format), classes.flatten()
 
 
 def find_source(
