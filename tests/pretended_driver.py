@@ -5,13 +5,15 @@ import contextlib
 import torch
 import torchvision.transforms.v2._augment as mixing
 from pretended_cuda import CUDA, Device, OnDevice, backwards, captures
-from pretended_streams import Event, Stream, asker, in_order, notes, wait_for
+from pretended_streams import Event, Race, Stream, asker, host, in_order, notes, wait_for
 from torch import Tensor
 from torch.nn.utils import clip_grad
 from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
+from torchvision.io import decode_jpeg as decode_on_cpu
 
+import images.decode
 import learning.learner
 
 
@@ -101,6 +103,16 @@ def install_cuda():
     torch._C._ensureCUDADeviceGuardSet()  # or an operation that names the device asks for a driver
 
 
+def decode_jpeg(files, mode, device):
+    """nvJPEG, which writes in a stream of its own, that waits for no other, into memory freed in the current one."""
+    stream = Stream.current[-1]
+    if not host.has_seen(stream, stream.known[stream]):
+        raise Race(f"nvJPEG is asked at {asker()} while its memory may still be read")
+    decoded = [OnDevice(image) for image in decode_on_cpu(files, mode, "cpu")]
+    in_order("decode_jpeg", [], [], [image.inner for image in decoded])
+    return decoded
+
+
 def install():
     """Change torch so that there is a CUDA device; operations reach it within the mode that is returned."""
     install_cuda()
@@ -128,6 +140,7 @@ def install():
 
     for module in (torch.nn.functional, mixing, learning.learner):
         module.one_hot = one_hot_there
+    images.decode.decode_jpeg = decode_jpeg
     group = grouped(_foreach_utils._group_tensors_by_device_and_dtype)
     for module in (_foreach_utils, clip_grad, optimizer):
         module._group_tensors_by_device_and_dtype = group

@@ -12,6 +12,7 @@ import numpy as np
 import tiny  # noqa: F401, makes its model known
 import torch
 from pictures import keys, photo
+from PIL import Image
 from pretended_cuda import CUDA
 from pretended_driver import install
 from pretended_streams import Race, notes
@@ -34,6 +35,7 @@ FORMS = {
     "store": "--amp --channels-last --mixup-alpha 0 0.2 --cutmix-alpha 0 1 --workers 0 --decode-cache CACHE",
     "float16": "--amp --amp-dtype float16 --opt adamw --clip-grad-norm 1 --workers 0 --decode-cache CACHE --cuda-graphs off",
     "crops": "--opt rmsprop --workers 1 --decode-cache off",
+    "decoded": "--decode-on device --workers 1 --decode-cache off",
     "workers": "--augment-on worker --opt adamw --workers 1 --decode-cache off",
 }
 
@@ -147,6 +149,9 @@ def whole(folder, tree, flags):
 def main(folder):
     torch.set_num_threads(1)
     tree = make_tree(folder / "images")
+    for file in tree.rglob("*.png"):
+        Image.open(file).save(file.with_suffix(".jpg"), quality=95)
+        file.unlink()
     flags = {name: [*COMMON, *form.replace("CACHE", str(folder / "store")).split()] for name, form in FORMS.items()}
     on_cpu = [*flags["workers"], "--device", "cpu"]
     found = {"cpu": whole(folder / "cpu", tree, on_cpu)}

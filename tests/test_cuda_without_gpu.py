@@ -28,7 +28,7 @@ def found(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-FORMS = ("store", "float16", "crops", "workers")
+FORMS = ("store", "float16", "crops", "workers", "decoded")
 
 
 @pytest.mark.parametrize("fault", ["mixed", "race", "captured_wait", "early", "replay"])
@@ -59,6 +59,12 @@ def test_a_step_waits_for_nothing(found, form, copies):
     assert len(steps) == 4  # of six: the first two make what is made once
     for step in steps:
         assert step["waits"] == [] and len(step["copies"]) == copies
+
+
+def test_a_step_whose_images_the_device_decodes_waits_before_that_alone(found):
+    for step in found["decoded"]["steps"]:
+        (wait,) = step["waits"]
+        assert wait.startswith("Stream.synchronize, images/decode.py") and len(step["copies"]) == 1
 
 
 def test_a_step_out_of_a_graph_is_launched_at_once(found):
