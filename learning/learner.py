@@ -56,6 +56,7 @@ class Learner:
             )
         # Not dynamic: a last batch of another size would replace the variant for full ones by a slower one for any size.
         self.net: nn.Module = torch.compile(self.eager, dynamic=False) if compiled else self.eager  # type: ignore[assignment]
+        self.full_batch = 0  # images in most batches of the stage
         self.graphs = StepGraphs(self.gradients, model, self.parameters, runtime) if graphed else None
 
     @property
@@ -66,12 +67,16 @@ class Learner:
     def gradients(self, images: Tensor, targets: Tensor, net: nn.Module | None = None) -> Tensor:
         """Compute the gradients of a batch; return its loss, on the device and detached.
 
+        net: what is called; by default `self.net` for a full batch, `self.eager` for others: a compilation for the last
+            batch of an epoch would take as long as all of those batches
+
         Gradients are kept until the next update: if they were freed after it, a forward pass would reuse their memory,
         which costs a CPU thousands of page faults, 6 to 8 % of a small step.
         """
         forget_gradients(self.parameters)
+        net = net or (self.net if len(images) == self.full_batch else self.eager)
         with self.runtime.autocast():
-            loss = self.criterion((net or self.net)(images), targets)
+            loss = self.criterion(net(images), targets)
         self.runtime.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -104,21 +109,23 @@ class Learner:
         return undone(self.model, self.optimizer, self.runtime.scaler)
 
     def enter_stage(self, image_size: int, batch_sizes: set[int], soft_classes: int | None = None) -> None:
-        """Compile for a stage, or capture its CUDA graphs: once for each size of batch, before the clock runs.
+        """Compile for a stage, capture its CUDA graphs: before the clock runs.
 
         torch specialises on image size and drop rates, and stops compiling after a few variants of one function; so the
-        variants of the stage before are forgotten. Does nothing in a run without either.
+        variants of the stage before are forgotten. Without compilation and graphs there is nothing to do.
 
+        batch_sizes: that of most steps, and that of the last if it is smaller
         soft_classes: number of classes, if the stage mixes images and targets are soft
         """
-        sizes = sorted(batch_sizes, reverse=True)
+        self.full_batch = max(batch_sizes)
         if self.compiled:
             torch.compiler.reset()
-            with self.undoing():
-                for batch_size in sizes:
-                    self.step_on_noise(image_size, batch_size)
         if self.graphs is not None:
+            sizes = sorted(batch_sizes, reverse=True)
             self.graphs.capture([self.noise(image_size, batch_size, soft_classes) for batch_size in sizes])
+        elif self.compiled:
+            with self.undoing():
+                self.step_on_noise(image_size, self.full_batch)
 
     def noise(self, image_size: int, batch_size: int, soft_classes: int | None = None) -> tuple[Tensor, Tensor]:
         """Draw a batch of noise in the form of a real one, on the device; all its images are of class 0."""
@@ -188,9 +195,6 @@ def build_learner(
         clip_grad_norm=config.clip_grad_norm,
         compiled=config.compile,
         # With several processes DDP's exchange of gradients is part of the backward pass, and stays outside of graphs.
-        graphed=config.cuda_graphs == "auto"
-        and runtime.device.type == "cuda"
-        and runtime.world_size == 1
-        and not config.compile,
+        graphed=config.cuda_graphs == "auto" and runtime.device.type == "cuda" and runtime.world_size == 1,
     )
     return learner, loaded

@@ -15,6 +15,27 @@ from utils import Runtime
 CPU = Runtime(device=torch.device("cpu"))
 
 
+def in_bfloat16(device="cpu"):
+    return Runtime(device=torch.device(device), amp_dtype=torch.bfloat16)
+
+
+def network():
+    """Every kind of layer that autocast casts, one that it does not, and one that takes no part."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.Flatten(),
+        nn.Linear(144, 2),
+    ]
+    model = nn.Sequential(*layers)
+    model.spare = nn.Linear(2, 2)
+    model.forward = lambda images: nn.Sequential(*layers)(images)
+    return model
+
+
 class Step:
     """Loss and gradients of a small model; a replay computes them anew, into the tensors of the capture."""
 
@@ -63,7 +84,7 @@ def doubled(monkeypatch):
 
     def remembering(self, gradients, *args):
         made(self, gradients, *args)
-        self.graph.step, self.graph.owner = gradients, self
+        self.graph.step, self.graph.owner = gradients.__self__.plain, self
 
     monkeypatch.setattr(graphs.StepGraph, "__init__", remembering)
     return seen
@@ -119,6 +140,35 @@ def test_a_replay_that_computes_something_else_is_not_used(doubled, capsys):
     made = len(doubled.captured)
     stage.capture([batch(8)])  # the next stage does not try again
     assert len(doubled.captured) == made
+
+
+@pytest.mark.parametrize("runtime", [CPU, in_bfloat16()], ids=["float32", "bfloat16"])
+def test_casts_and_counts_taken_together_change_no_bit(runtime):
+    images, targets = torch.randn(6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
+    outcomes = []
+    for together in (False, True):
+        model = network()
+
+        def gradients(images, targets, model=model):
+            with runtime.autocast():
+                loss = nn.functional.cross_entropy(model(images), targets)
+            loss.backward()
+            return loss.detach()
+
+        stage = StepGraphs(gradients, model, list(model.parameters()), runtime)
+        for _ in range(2):
+            graphs.forget_gradients(stage.parameters)
+            loss = (stage.gradients if together else gradients)(images, targets)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        outcomes.append([loss, state, [parameter.grad for parameter in model.parameters()]])
+    assert_same_bits(*outcomes)
+    assert outcomes[1][1]["1.num_batches_tracked"] == 2 and outcomes[1][1]["0.weight"].dtype == torch.float32
+
+
+def test_casts_are_taken_together_in_half_precision_only():
+    model = network()
+    assert len(graphs.Together(model, torch.bfloat16).half) == 1 + 2 + 2 + 2  # weights and biases of four layers
+    assert graphs.Together(model, None).half == []
 
 
 @pytest.mark.gpu
