@@ -17,6 +17,7 @@ from torchvision.utils import make_grid
 
 from augment.pixels import denormalise
 from images.datasets import Data, Images
+from images.decode import check_decoder
 from images.order import DrawSampler
 from images.sources import Source, find_source
 from images.workers import make_loader
@@ -175,6 +176,8 @@ def augment_on(config: Config, runtime: Runtime) -> str:
         way = "device" if on_cuda and batched and not own_way else "worker"
     if config.decode_on == "device" and not (on_cuda and way == "device" and config.dataset != "digits"):
         raise ConfigError("decode_on device needs image files, a CUDA GPU and augment_on device; leave it out")
+    if config.decode_on == "device":
+        check_decoder(runtime.device)
     return way
 
 

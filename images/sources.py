@@ -1,7 +1,5 @@
 """Ways a batch of training images is made, each a `Source`: what workers load, and what the device makes of it."""
 
-import io
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,16 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, InterpolationMode
 
 from augment.batch import crop_batch, crop_rows, crop_tensor, to_device
 from augment.draws import Array, uniforms
-from augment.pixels import crop_pil, to_rgb
+from augment.pixels import crop_pil
 from images.datasets import Images, ImageTree, opened
+from images.decode import decode_batch
 from images.order import Draw, DrawSampler
 from images.store import StoredImages
 from images.workers import as_it_is, close_loader, make_loader
@@ -97,7 +94,8 @@ class CroppedImages(Dataset):
 class Files(Dataset):
     """Batches of files as they are, for the device to decode.
 
-    A batch is the bytes of each file, a list of uint8 (n,), class numbers (N,), keys of the samples (N, 3).
+    A batch is the bytes of all files, one after the other, uint8 (B,); how many each has (N,); class numbers (N,); keys
+    of the samples (N, 3). One tensor, because each that a worker sends holds two file descriptors while it is under way.
     """
 
     def __init__(self, images: ImageTree):
@@ -106,7 +104,7 @@ class Files(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, draws: Sequence[Draw]) -> tuple[list[Tensor], Tensor, Tensor]:
+    def __getitems__(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Read the files of the samples with these keys.
 
         Raises:
@@ -114,41 +112,11 @@ class Files(Dataset):
         """
         paths, targets = zip(*(self.images.samples[index] for _, index, _ in draws))
         try:
-            files = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in paths]
+            files = [np.fromfile(path, np.uint8) for path in paths]
         except OSError as error:
             raise ConfigError(f"{error.filename} cannot be read: {error.strerror}; mend or remove it") from error
-        return files, torch.tensor(targets), torch.tensor(draws)
-
-
-def decode_batch(files: Sequence[Tensor], paths: Sequence[str], device: torch.device) -> list[Tensor]:
-    """Decode a batch of files to images on `device`, each uint8 (H, W, 3).
-
-    JPEGs are decoded in one batch, by nvJPEG on CUDA. PIL decodes other formats on the host, and all of a batch with a
-    JPEG that was refused.
-
-    Raises:
-        ConfigError: a file cannot be read; the message names it.
-    """
-
-    def by_pil(file: Tensor, path: str) -> Tensor:
-        try:
-            return torch.from_numpy(np.array(to_rgb(Image.open(io.BytesIO(file.numpy().tobytes()))))).to(device)
-        except Exception as error:  # what PIL raises on a damaged file varies with the damage
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigError(f"{path} cannot be read as an image: {reason}; mend or remove it") from error
-
-    is_jpeg = [file[:3].tolist() == [0xFF, 0xD8, 0xFF] for file in files]
-    jpegs = [file for file, jpeg in zip(files, is_jpeg) if jpeg]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision moves decoding to another package
-            decoded = decode_jpeg(jpegs, ImageReadMode.RGB, device) if jpegs else []
-    except RuntimeError:
-        is_jpeg, decoded = [False] * len(files), []
-    ready = iter(decoded)
-    return [
-        next(ready).permute(1, 2, 0) if jpeg else by_pil(file, path) for file, path, jpeg in zip(files, paths, is_jpeg)
-    ]
+        lengths = torch.tensor([len(file) for file in files])
+        return torch.from_numpy(np.concatenate(files)), lengths, torch.tensor(targets), torch.tensor(draws)
 
 
 # ---- sources ----
@@ -243,18 +211,25 @@ class DecodedOnDevice(WorkerSource):
     def __init__(self, images: ImageTree, preset: BatchPreset, seed: int, runtime: Runtime, workers: int):
         self.images = images
         self.preset = preset
+        self.told = False  # that a JPEG was refused
         super().__init__(Files(images), seed, runtime, workers, collate_fn=as_it_is)
 
     def finish(self, loaded: Any) -> tuple[Tensor, Tensor]:
-        files, targets, keys = loaded
+        joined, lengths, targets, keys = loaded
         draws = keys.tolist()
         paths = [self.images.samples[index][0] for _, index, _ in draws]
-        decoded = decode_batch(files, paths, self.runtime.device)
+        decoded = decode_batch(joined.split(lengths.tolist()), paths, self.runtime.device, self.tell)
         heights, widths = np.array([image.shape[:2] for image in decoded]).T
         starts = np.cumsum(heights * widths) - heights * widths
         flat = torch.cat([image.reshape(-1, 3) for image in decoded])
         numbers = uniforms(self.seed, draws)
         return augment_whole(flat, starts, heights, widths, targets.numpy(), self.preset, numbers, self.runtime)
+
+    def tell(self, path: str, reason: str) -> None:
+        """Say, once, that PIL decodes what the device refuses."""
+        if not self.told:
+            self.runtime.say(f"decode_on device: {path} was refused ({reason}); PIL decodes such files, more slowly")
+        self.told = True
 
     def samples(self, draws: Sequence[Draw]) -> Tensor:
         return self.finish(self.dataset.__getitems__(draws))[0].cpu()

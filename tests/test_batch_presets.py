@@ -7,9 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from loading import loader_of
 from pictures import keys, photo
-from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import functional as v1_functional
 from torchvision.transforms.v2 import functional as F
@@ -17,12 +15,8 @@ from torchvision.transforms.v2 import functional as F
 from augment import batch
 from augment.batch import crop_batch, crop_rows, crop_tensor
 from augment.draws import CROP, ERASED, NUM_DRAWS, crop_boxes, erase_boxes, uniforms
-from augment.pixels import IMAGENET_STD
 from augment.randaugment import OPERATIONS
-from images import sources
-from images.datasets import ImageTree
 from images.loaders import augment_on
-from images.order import DrawSampler
 from presets import BatchPreset
 from settings.errors import ConfigError
 from settings.resolve import resolve
@@ -262,62 +256,6 @@ def test_what_batches_cannot_do_is_refused(flags, message):
         resolve(["--augment-on", "device", *flags.split()])
 
 
-# ---- files that the device decodes ----
-
-
-@pytest.fixture
-def mixed_tree(tmp_path):
-    """JPEGs in colour, grey and CMYK, and a PNG, of one class."""
-    folder = tmp_path / "images" / "all"
-    folder.mkdir(parents=True)
-    for i, (mode, name) in enumerate(
-        [("RGB", "0.jpg"), ("L", "1.jpg"), ("RGB", "2.png"), ("CMYK", "3.jpg"), ("RGB", "4.jpg")]
-    ):
-        pixels = photo(60 + 10 * i, 90, seed=i).numpy()
-        Image.fromarray(pixels).convert(mode).save(folder / name, **({} if name.endswith("png") else {"quality": 95}))
-    return tmp_path / "images"
-
-
-def batches(images, **how):
-    sampler = DrawSampler(len(images), 5, seed=0)
-    loader = loader_of(images, BatchPreset(image_size=48), sampler, Runtime(device=torch.device("cpu")), **how)
-    ((step, pixels, targets),) = loader.epoch(3)
-    return step, pixels * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, targets
-
-
-def test_batches_decoded_on_the_device_are_those_of_workers(mixed_tree):
-    images = ImageTree(str(mixed_tree))
-    (_, ours, targets), (_, theirs, same) = batches(images, decode_on_device=True), batches(images)
-    assert torch.equal(targets, same)
-    difference = (ours - theirs).abs()  # in grey levels: two decoders, and two ways to resize
-    assert difference.mean() < 0.5 and difference.max() < 6
-
-
-def test_a_jpeg_that_the_device_refuses_is_decoded_by_pil(mixed_tree, monkeypatch):
-    def refuse(*_):
-        raise RuntimeError("nvJPEG: not supported")
-
-    monkeypatch.setattr(sources, "decode_jpeg", refuse)
-    images = ImageTree(str(mixed_tree))
-    assert (batches(images, decode_on_device=True)[1] - batches(images)[1]).abs().max() <= 1.01
-
-
-def test_a_file_that_is_no_image_is_named(mixed_tree):
-    (mixed_tree / "all" / "2.png").write_bytes(b"\xff\xd8\xff and then nothing")
-    with pytest.raises(ConfigError, match=r"all/2.png cannot be read as an image: .*; mend or remove it"):
-        batches(ImageTree(str(mixed_tree)), decode_on_device=True)
-
-
-def test_decoding_on_the_device_needs_one(tmp_path):
-    config = resolve(["--decode-cache", "off", "--decode-on", "device"])
-    with pytest.raises(ConfigError, match="needs image files, a CUDA GPU and augment_on device"):
-        augment_on(config, Runtime(device=torch.device("cpu")))
-    assert augment_on(config, Runtime(device=torch.device("cuda"))) == "device"
-    for flags, message in (([], "no effect with decode_cache auto"), (["--decode-cache", "off", "--augment-on", "worker"], "leaves no image")):  # fmt: skip
-        with pytest.raises(ConfigError, match=message):
-            resolve(["--decode-on", "device", *flags])
-
-
 # ---- a GPU ----
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -336,16 +274,6 @@ def test_crops_on_a_gpu_are_those_of_the_cpu_to_a_grey_level():
     there = crops(flat.cuda(), starts, widths, boxes, flips, 96).cpu()
     difference = (here.int() - there.int()).abs()
     assert difference.max() <= 1 and difference.float().mean() < 0.1
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_jpegs_decoded_on_a_gpu_are_those_of_pil(mixed_tree):
-    files = sorted((mixed_tree / "all").iterdir())
-    decoded = sources.decode_batch([torch.from_numpy(np.fromfile(file, np.uint8)) for file in files], list(map(str, files)), torch.device("cuda"))  # fmt: skip
-    for file, image in zip(files, decoded):
-        theirs = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).int()
-        assert image.is_cuda and (image.cpu().int() - theirs).abs().float().mean() < 2
 
 
 @pytest.mark.gpu
