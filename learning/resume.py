@@ -32,6 +32,7 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str) -> Checkpoint | 
         checkpoint = newest_whole(runtime, own)
     elif config.resume:
         checkpoint = Checkpoint.load(config.resume)
+        check_whole(checkpoint)
     if checkpoint is None:
         if config.test_only and not config.weights:
             raise ConfigError(f"resume: no run in {config.output_dir} to evaluate")
@@ -108,7 +109,8 @@ def check_same(config: Config, runtime: Runtime, checkpoint: Checkpoint) -> None
     """Raise ConfigError unless the run may go on from the checkpoint under these settings."""
     state, now = checkpoint.state, config.as_dict()
     then = settings_of(checkpoint)
-    differing = [name for name in now if name not in LAUNCH + PLACE and now[name] != then[name]]
+    # What says auto is of a version that did not write down what it came to.
+    differing = [name for name in now if name not in LAUNCH + PLACE and now[name] != then[name] != "auto"]
     listed = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in differing)
     for name in ("model", "opt"):
         if now[name] != then[name] and not (config.test_only and name == "opt"):

@@ -37,7 +37,7 @@ METRICS, SUMMARY, REPORT, CHECKPOINT, BEST = (
     "metrics.jsonl", "summary.json", "report.html", "checkpoint.pth", "model_best.pth",
 )  # fmt: skip
 PLAN, CLEARML, TASK = "report/plan.json", "clearml", "clearml/task.json"
-LOCK = ".lock"  # held by the run that uses the folder
+LOCK = ".run.lock"  # held by the run that uses the folder; a decode cache in it has a lock of its own
 ERROR = "error.txt"  # tracebacks
 HELD_OUT = "held_out.json"  # what the best weights come to on images that chose nothing
 

@@ -11,7 +11,7 @@ from torchvision.models import get_model
 from torchvision.ops import StochasticDepth
 
 from learning.cost import gflops_per_image
-from learning.models import available, build_model, check_name, set_dropout, set_stochastic_depth
+from learning.models import Classifier, available, build_model, check_name, set_dropout, set_stochastic_depth
 from learning.weights import fetch, find_weights, read_weights
 from settings.errors import ConfigError
 from settings.resolve import resolve
@@ -365,3 +365,20 @@ def test_fetched_weights_are_compared_with_the_hash_in_their_name_each_time(monk
     path.write_bytes(whole[:-1] + b"?")
     with pytest.raises(ConfigError, match="is damaged; remove it, and it is fetched again"):
         fetch(member)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_v2_b0", "resnet18", "swin_t"])
+def test_the_classifier_is_evaluated_in_float32_under_autocast(name):
+    model = build_model(name, 10)[0].eval()
+    heads = [module for module in model.modules() if isinstance(module, Classifier)]
+    assert len(heads) == 1
+    inputs = []
+    heads[0].register_forward_pre_hook(lambda module, given: inputs.append(given[0].float()))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(torch.randn(2, 3, 64, 64))
+    assert output.dtype == torch.float32
+    expected = inputs[0] @ heads[0].weight.T.detach() + heads[0].bias.detach()
+    assert torch.allclose(output, expected, atol=1e-5)  # bfloat16 is off by 1e-3
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(torch.randn(2, 3, 64, 64)).dtype == torch.bfloat16
