@@ -20,10 +20,12 @@ def ignore_signals(worker: int) -> None:
     """Ignore SIGINT and SIGTERM in a worker process.
 
     Ctrl-C and a scheduler's SIGTERM reach the whole group of processes. The training process decides what to do, and
-    still needs its workers for the step it is in.
+    still needs its workers for the step it is in. Of a bus error torch would print its guess, which is one of two.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGBUS"):
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
 
 
 PATIENCE = 300.0  # seconds without a batch, after which workers count as hanging
@@ -106,8 +108,9 @@ def why_none(error: Exception, watch: Watch, dataset: Any) -> RunError | None:
         return RunError(f"the workers have brought no images for {PATIENCE:.0f} s; {reason}; --resume auto continues")
     if "shared memory" in text or "unable to write to file" in text or "/torch_" in text:
         return RunError(f"a worker has no room for its images: {shared}")
+    fault = getattr(getattr(dataset, "images", None), "fault", lambda: None)()
     if text.startswith("Caught "):  # in a worker, which goes on
-        return None
+        return RunError(fault) if fault and isinstance(error, OSError) else None
     deadline = time.monotonic() + 2  # its status may not be known yet
     dead = None
     while dead is None and time.monotonic() < deadline:
@@ -117,7 +120,6 @@ def why_none(error: Exception, watch: Watch, dataset: Any) -> RunError | None:
         return RunError(f"a worker has ended: {text}") if text.startswith("DataLoader worker") else None
     who = f"worker {dead.pid}"
     if dead.exitcode == -signal.SIGBUS:
-        fault = getattr(getattr(dataset, "images", None), "fault", lambda: None)()
         return RunError(f"{who} was ended by the system: {fault or shared}")
     if dead.exitcode == -signal.SIGKILL:
         return RunError(f"{who} was killed; where no one did that, memory has run out: lower --workers")

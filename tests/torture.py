@@ -364,11 +364,15 @@ def faults(seconds: float) -> Iterator[Count]:
                 elif lines and row.times == 1:
                     row.notes[lines[0].replace(str(out.parent), "DIR")] = 1
                 if codes[0] != 0:
-                    again = runs.start(out.name, "--resume", "auto")
                     reached = len(metrics(out))
-                    again[0].wait_for_epochs(out, reached + 2)
+                    again = runs.start(out.name, "--resume", "auto")
+                    wait_until(
+                        lambda a=again, n=reached: a[0].poll() is not None or len(metrics(out)) > n + 1, "a resume"
+                    )
                     kill(again, signal.SIGKILL)
-                    runs.finish(again)
+                    codes, printed = runs.finish(again)
+                    if not {codes[0]} <= {0, -signal.SIGKILL}:
+                        row.spoil(f"resumed with {codes}: {printed[-500:]}")
                 shutil.rmtree(out, ignore_errors=True)
         end_all()
         yield row
