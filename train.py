@@ -22,14 +22,13 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
 from images.datasets import Data, load_data
 from images.loaders import TrainLoader, augment_on, eval_loader, sample_grid, train_loader
@@ -176,7 +175,7 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    copies: Mapping[str, nn.Module], loader: DataLoader, criterion: nn.Module, runtime: Runtime
+    copies: Mapping[str, nn.Module], loader: Iterable[tuple[Tensor, Tensor]], criterion: nn.Module, runtime: Runtime
 ) -> dict[str, Score]:
     """Measure accuracy, loss and confusions of each of `copies` (the model, its EMA) on the whole set.
 

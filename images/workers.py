@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -21,8 +21,8 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def close_loader(loader: DataLoader) -> None:
-    """End the worker processes of a loader now.
+def close_loader(loader: Any) -> None:
+    """End the worker processes of a loader now; do nothing to one that has none.
 
     Left to garbage collection they linger into the next stage (pytorch/pytorch#22133); torch has no public call for
     it.
@@ -30,11 +30,15 @@ def close_loader(loader: DataLoader) -> None:
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
-    loader._iterator = None
+    if isinstance(loader, DataLoader):
+        loader._iterator = None
+
+
+Loader = TypeVar("Loader")
 
 
 @contextmanager
-def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
+def closing_loader(loader: Loader) -> Iterator[Loader]:
     """End the workers of `loader` after the block, also if something was raised in it."""
     try:
         yield loader
