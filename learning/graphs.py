@@ -110,11 +110,7 @@ class StepGraphs:
         forget_gradients(self.parameters)
 
     def warm_up(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Compute gradients a few times in a stream of their own, as a capture will; return the last loss.
-
-        cuDNN's search for fast kernels takes half a minute for each size of image and batch, most of it for compiling
-        them; so it is left to the first, full batch.
-        """
+        """Compute gradients a few times in a stream of their own, as a capture will; return the last loss."""
         device = images.device
         stream, training = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(training)
@@ -181,9 +177,8 @@ class Together:
             whole: list[Any] = [torch.empty_like(weight) for weight, _ in reached]
             halves: list[Any] = [half.grad for _, half in reached]
             torch._foreach_copy_(whole, halves)
-            for (weight, half), gradient in zip(reached, whole):
-                weight.grad = gradient
-                half.grad = None
+            for i, (original, half) in enumerate(reached):
+                original.grad, half.grad = whole[i], None
         if counters:
             torch._foreach_add_(counters, 1)
 
