@@ -218,8 +218,9 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
     side = store_side(config)
     names = [store_name(images, side) for images in sets]
     folders = candidates(config, [images.root for images in sets])
-    # One process per machine builds or looks through the files; the others wait for it in `any`.
+    # One process per machine builds or looks through the files; the others wait for it.
     problem = make_room(config, dict(zip(names, sets)), folders, side) if runtime.local_rank == 0 else None
+    runtime.barrier()
     if runtime.any(problem is not None):
         runtime.say(f"decode_cache off: {problem or 'too little room on another machine'}")
         return data
