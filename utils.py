@@ -2,10 +2,11 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,25 @@ class Runtime:
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"{self.world_size} process(es) on {name}, {self.precision or 'full precision'}"
+
+    @cached_property
+    def side_stream(self) -> torch.cuda.Stream | None:
+        """The stream in which images are prepared; None without a CUDA device. One for all loaders, which so use the same
+        memory one after the other.
+        """
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def aside(self, prepare: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Prepare a batch, on a GPU in the side stream: what is queued already goes on meanwhile."""
+        if self.side_stream is None:
+            return prepare()
+        with torch.cuda.stream(self.side_stream):
+            batch = prepare()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.side_stream)
+        for tensor in batch:  # their memory is reused only when the current stream is done with it
+            tensor.record_stream(current)
+        return batch
 
     def draw_from(self, epoch: int, step: int) -> None:
         """Seed the model's draws in a step (dropout, stochastic depth) by (seed, epoch, step, rank)."""

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -133,8 +133,8 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
-def close_loader(loader: DataLoader) -> None:
-    """End the worker processes of a loader now.
+def close_loader(loader: Any) -> None:
+    """End the worker processes of a loader now; do nothing to one that has none.
 
     Left to garbage collection they linger into the next stage (pytorch/pytorch#22133); torch has no public call for
     it, and would wait for ever for one that is stopped.
@@ -145,11 +145,15 @@ def close_loader(loader: DataLoader) -> None:
             if is_stopped(worker.pid):
                 worker.kill()
         iterator._shutdown_workers()
-    loader._iterator = None
+    if isinstance(loader, DataLoader):
+        loader._iterator = None
+
+
+AnyLoader = TypeVar("AnyLoader")
 
 
 @contextmanager
-def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
+def closing_loader(loader: AnyLoader) -> Iterator[AnyLoader]:
     """End the workers of `loader` after the block, also if something was raised in it."""
     try:
         yield loader

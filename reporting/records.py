@@ -19,6 +19,8 @@ from settings.table import Config
 from stages import Plan, Stage
 from utils import Runtime
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 
 def epoch_record(stage: Stage, state: RunState, learner: Learner, scores: Mapping[str, Score]) -> dict[str, Any]:
     """Build an epoch's line of metrics.jsonl.
@@ -178,12 +180,17 @@ def host_memory_gib() -> float | None:
 
 
 def commit() -> str | None:
-    """Find the commit of this code, `-dirty` if it was changed since; None outside a clone."""
+    """Find the commit of this code, `-dirty` if it was changed since; None outside a clone.
+
+    Rows in results/ that earlier runs have added do not make the code another one.
+    """
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"],
-            cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        name = git("rev-parse", "HEAD").strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return f"{name}-dirty" if changed else name
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True).stdout

@@ -9,7 +9,7 @@ from programs import SMALL
 from runs import make_tree, metrics
 
 import train
-from images.loaders import EvalImages
+from images.evaluation import EvalImages
 from reporting.folder import RunFolder
 from reporting.page import report_page
 from settings.resolve import resolve
