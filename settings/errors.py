@@ -56,7 +56,12 @@ def own_line(kind: type[BaseException], message: str) -> str:
     """
     if not message.startswith(f"Caught {kind.__name__} in "):
         return message
-    return message.strip().splitlines()[-1].removeprefix(f"{kind.__module__}.".replace("builtins.", "")).removeprefix(f"{kind.__qualname__}: ")
+    return (
+        message.strip()
+        .splitlines()[-1]
+        .removeprefix(f"{kind.__module__}.".replace("builtins.", ""))
+        .removeprefix(f"{kind.__qualname__}: ")
+    )
 
 
 def first_line(error: Exception) -> str:

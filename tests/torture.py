@@ -367,7 +367,7 @@ def faults(seconds: float) -> Iterator[Count]:
                     reached = len(metrics(out))
                     again = runs.start(out.name, "--resume", "auto")
                     wait_until(
-                        lambda a=again, n=reached: a[0].poll() is not None or len(metrics(out)) > n + 1, "a resume"
+                        lambda a=again, o=out, n=reached: a[0].poll() is not None or len(metrics(o)) > n + 1, "a resume"
                     )
                     kill(again, signal.SIGKILL)
                     codes, printed = runs.finish(again)
