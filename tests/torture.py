@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -96,7 +96,7 @@ class Form:
         flags += ["--data-path", str(self.tree), "--output-dir", str(self.folder / out), *more]
         if self.flags[-1] == "--decode-cache" and not random.randrange(2):
             shutil.rmtree(self.folder / "kept", ignore_errors=True)  # built anew
-        own = {"IMPATIENCE": "5"}
+        own = {"IMPATIENCE": "5"} | ({"SMALL_SHM": "yes"} if self.name == SMALL_SHM and not more else {})
         if self.processes > 1:
             flags += ["--dist-url", f"file://{tempfile.mkdtemp(dir=self.folder)}/meeting"]
         kind = Forked if FORKS else Started
@@ -325,10 +325,34 @@ def of_store(change: Callable) -> Callable:
     return spoil
 
 
+def fill(runs: Form, out: Path, processes: list) -> Callable[[], None]:
+    with suppress(OSError), open(out / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return (out / "filler").unlink
+
+
+@contextmanager
+def disk_of_its_own(folder: Path, wanted: bool) -> Iterator[None]:
+    """Mount a disk of 4 MiB, in memory, at `folder`."""
+    if not wanted:
+        yield
+        return
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+FULL, SMALL_SHM = "its disk is full", "/dev/shm is too small"  # only root can have these
 LONG = "--stages 2 --epochs 400 --train-crop-size 32 48".split()
 FAULTS: dict[str, tuple[list[str], int, Callable, set[int]]] = {
     "the folder vanishes": ([*LONG, "--decode-cache", "off", "--workers", "0"], 1, vanish, {1}),
     "files may not grow any more (EFBIG)": ([*LONG, "--decode-cache", "off", "--workers", "0"], 1, limit_files, {1}),
+    FULL: ([*LONG, "--decode-cache", "off", "--workers", "0"], 1, fill, {1}),
+    SMALL_SHM: ([*LONG, "--decode-cache", "off", "--workers", "2"], 1, lambda *_: lambda: None, {1}),
     "a worker is killed": ([*LONG, "--decode-cache", "off", "--workers", "2"], 1, to_worker(signal.SIGKILL), {1}),
     "a worker is halted": ([*LONG, "--decode-cache", "off", "--workers", "2"], 1, to_worker(signal.SIGSTOP), {1}),
     "a process of two is killed": ([*LONG, "--decode-cache", "off", "--workers", "0"], 2, to_rank(signal.SIGKILL), {1}),
@@ -342,17 +366,20 @@ FAULTS: dict[str, tuple[list[str], int, Callable, set[int]]] = {
 def faults(seconds: float) -> Iterator[Count]:
     """Faults of the machine in mid-run: one line, status 1 in time, and resumable."""
     for name, (flags, processes, fault, wanted) in FAULTS.items():
-        FORMS[name] = (flags, processes)
+        if name in (FULL, SMALL_SHM) and (sys.platform != "linux" or os.geteuid() != 0):
+            continue
         row = Count(name, f"one line a process, status {min(wanted)}, resumable")
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as disk:
             runs = Form.__new__(Form)
             runs.flags, runs.processes, runs.name, runs.folder = flags, processes, name, Path(folder)
             runs.tree, runs.seconds = make_tree(Path(folder) / "images"), 1.0
             end = time.monotonic() + seconds / len(FAULTS)
             while not row.times or time.monotonic() < end:
                 out = Path(folder) / f"run{row.times}"
+                disk.enter_context(disk_of_its_own(out, name == FULL))
                 started = runs.start(out.name)
-                started[0].wait_for_epochs(out, 2)
+                if name != SMALL_SHM:
+                    started[0].wait_for_epochs(out, 2)
                 mend = fault(runs, out, started)
                 codes, printed = runs.finish(started[:1], 90)
                 row.note(f"status {codes[0]}")
@@ -364,7 +391,7 @@ def faults(seconds: float) -> Iterator[Count]:
                 elif lines and row.times == 1:
                     row.notes[lines[0].replace(str(out.parent), "DIR")] = 1
                 if codes[0] != 0:
-                    reached = len(metrics(out))
+                    reached = len(metrics(out)) if (out / "metrics.jsonl").exists() else 0
                     again = runs.start(out.name, "--resume", "auto")
                     wait_until(
                         lambda a=again, o=out, n=reached: a[0].poll() is not None or len(metrics(o)) > n + 1, "a resume"
