@@ -168,7 +168,7 @@ def form(name: str):
 
 def struck(name: str, seconds: float, number: int, row: Count, most: int) -> None:
     """Send a signal at random moments of a run, up to `most` times before it is left to finish; so for `seconds`."""
-    wanted = {0, -number} if number == signal.SIGKILL else {0, 1, 3}
+    wanted = {0, -number} | (set() if number == signal.SIGKILL else {1, 3})  # killed: Python was not up yet
     with form(name) as runs:
         end, run = time.monotonic() + seconds, 0
         while not run or time.monotonic() < end:
@@ -183,7 +183,7 @@ def struck(name: str, seconds: float, number: int, row: Count, most: int) -> Non
                 if None not in before:  # it was over
                     done = True
                     break
-                row.note({-signal.SIGKILL: "killed", 999: "would not end"}.get(codes[0], f"status {codes[0]}"))
+                row.note({-number: "killed", 999: "would not end"}.get(codes[0], f"status {codes[0]}"))
                 if not set(codes) <= wanted or "Traceback" in printed:
                     row.spoil(f"{name}: statuses {codes}: {printed[-400:]}")
                 elif number != signal.SIGKILL and time.monotonic() - at > 10 + runs.seconds:
