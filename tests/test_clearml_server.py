@@ -296,8 +296,9 @@ def test_optimizer_runs_a_grid(server, python, tmp_path):
 
 
 def test_unknown_calls_and_filters_fail_check(server, post):
-    with pytest.raises(Refused, match="Invalid endpoint"):
+    with pytest.raises(Refused, match=r"Unable to find endpoint for name tasks\.nonsense") as refused:
         post("tasks.nonsense")
+    assert refused.value.status == 404
     with pytest.raises(AssertionError, match=r"tasks\.nonsense"):
         server.check()
     server.unknown.clear()
@@ -327,10 +328,14 @@ def test_keys_and_ping(server, post):
         (["started", "stopped", "completed"], None),
         (["started", "completed", "stopped"], "stopped"),
         (["completed"], "completed"),
-        (["enqueue", "enqueue"], "enqueue"),
         (["enqueue", "dequeue", "enqueue"], None),
         (["started", "enqueue"], "enqueue"),
+        (["enqueue", "completed"], "completed"),
+        (["started", "completed", "enqueue"], "enqueue"),
         (["started", "completed", "publish", "reset"], "reset"),
+        (["started", "completed", "publish", "publish"], "publish"),
+        (["started", "completed", "publish", "started"], "started"),
+        (["started", "publish"], "publish"),
         (["edit", "started", "edit"], "edit"),
         (["started", "started"], None),
     ],
@@ -346,15 +351,175 @@ def test_changes_of_status(post, calls, refused):
         with pytest.raises(Refused) as error:
             post(f"tasks.{last}", task=task)
         assert error.value.subcode == 110
-        if last != "enqueue" and before[-1:] != ["publish"]:
+        if "publish" not in calls:
             post(f"tasks.{last}", task=task, force=True)
 
 
+def refusal(call, *words, **more):
+    """The HTTP status and subcode of a call that must be refused."""
+    with pytest.raises(Refused) as refused:
+        call(*words, **more)
+    return refused.value.status, refused.value.subcode
+
+
 def test_names_have_three_characters(post):
-    for endpoint, more in (("projects.create", {}), ("tasks.create", {"type": "training"}), ("models.create", {})):
-        with pytest.raises(Refused, match="too short"):
-            post(endpoint, name=" ab ", **more)
+    for endpoint, more in (("tasks.create", {"type": "training"}), ("models.create", {}), ("queues.create", {})):
+        assert refusal(post, endpoint, name=" ab ", **more) == (400, 800)
         assert post(endpoint, name="abc", **more)["id"]
+
+
+def test_every_part_of_a_project_s_name_has_three_characters(server, post):
+    for short in (" ab ", "ab/cde", "abc/de", "abc/ /def"):
+        assert refusal(post, "projects.create", name=short) == (400, 12)
+    assert refusal(post, "projects.create", name="/".join(["abc"] * 11)) == (400, 409)
+    assert refusal(post, "projects.create", name="//") == (400, 407)
+    assert post("projects.create", name="/".join(["abc"] * 10))["id"]
+
+
+def test_names_of_projects_are_normalised(server, post):
+    made = post("projects.create", name=" abc / def//ghi/")["id"]
+    made = server.projects[made]
+    assert made["name"] == "abc/def/ghi" and made["basename"] == "ghi"
+    assert {project["name"] for project in server.projects.values()} == {"abc", "abc/def", "abc/def/ghi"}
+    # the SDK looks for what was typed, finds nothing, and cannot make it either
+    assert post("projects.get_all", name="^abc / def//ghi/$")["projects"] == []
+    assert refusal(post, "projects.create", name="abc / def//ghi/") == (400, 801)
+
+
+def test_publishing_takes_the_last_model_along_and_happens_once(server, post):
+    task = post("tasks.create", name="a run", type="training")["id"]
+    post("tasks.started", task=task)
+    models = {}
+    for name in ("best", "last"):
+        models[name] = post("models.create", name=name, uri="http://x/y", task=task, ready=False)["id"]
+        post("tasks.add_or_update_model", task=task, name=name, model=models[name], type="output")
+    assert refusal(post, "tasks.publish", task=task) == (400, 110)  # it runs
+    post("tasks.completed", task=task)
+    post("tasks.publish", task=task)
+    assert {name: server.models[id]["ready"] for name, id in models.items()} == {"best": False, "last": True}
+    assert refusal(post, "tasks.publish", task=task) == (400, 110)
+    assert refusal(post, "models.set_ready", model=models["last"]) == (400, 203)
+    post("models.set_ready", model=models["best"])
+    assert server.models[models["best"]]["ready"]
+    # it takes nothing more, until it is un-published by force
+    assert refusal(post, "events.add_batch", lines=lines(point(task, 0, 0.5))) == (400, 131)
+    assert refusal(post, "tasks.add_or_update_model", task=task, name="x", model=models["best"], type="output") == (400, 110)  # fmt: skip
+    post("tasks.started", task=task, force=True)
+    assert server.tasks[task].status == "in_progress"
+
+
+def test_publishing_a_model_publishes_its_task(server, post):
+    task = post("tasks.create", name="a run", type="training")["id"]
+    post("tasks.started", task=task)
+    model = post("models.create", name="best", uri="http://x/y", task=task, ready=False)["id"]
+    assert refusal(post, "models.set_ready", model=model) == (400, 110)  # the task runs
+    post("tasks.completed", task=task)
+    post("models.set_ready", model=model)
+    assert server.tasks[task].status == "published" and server.models[model]["ready"]
+
+
+def test_starting_again_resets_the_clock(server, post):
+    task = post("tasks.create", name="a run", type="training")["id"]
+    held = server.tasks[task]
+    assert "started" not in post("tasks.get_by_id", task=task)["task"]
+    post("tasks.started", task=task)
+    first = held.started
+    post("tasks.started", task=task)  # it runs: its clock goes on
+    assert held.started == first and held.completed is None
+    for end in ("stopped", "failed", "completed"):
+        post(f"tasks.{end}", task=task, force=True)
+        assert held.completed > held.started
+        before = held.started
+        post("tasks.started", task=task, force=True)
+        assert held.started > before and held.completed is None
+
+
+def test_answers_leave_out_what_is_null(post):
+    task = post("tasks.create", name="a run", type="training")["id"]
+    (found,) = post("tasks.get_all", id=[task])["tasks"]
+    for document in (post("tasks.get_by_id", task=task)["task"], found):
+        assert not {"started", "completed", "project", "parent", "last_worker"} & set(document)
+        assert document["status"] == "created" and document["tags"] == []
+    model = post("models.create", name="best", uri="http://x/y")["id"]
+    assert "task" not in post("models.get_by_id", model=model)["model"]
+
+
+def test_a_queue_holds_a_task_once_and_one_queue_holds_it(server, post):
+    task = post("tasks.create", name="a run", type="training")["id"]
+    (first,) = server.queues
+    second = post("queues.create", name="second")["id"]
+    held = server.tasks[task]
+
+    def entries(queue):
+        return [entry["task"] for entry in server.queues[queue]["entries"]]
+
+    post("tasks.enqueue", task=task)
+    assert entries(first) == [task] and held.status == "queued" and held.fields["execution"]["queue"] == first
+    assert refusal(post, "tasks.enqueue", task=task) == (400, 706)
+    assert entries(first) == [task] and held.status == "queued" and held.status_reason == "failed enqueueing"
+    assert refusal(post, "tasks.enqueue", task=task, queue=second, queue_name="second") == (400, 12)
+    post("tasks.enqueue", task=task, queue=second)
+    assert entries(first) == [] and entries(second) == [task]
+
+
+def test_a_queued_task_is_not_edited_and_leaves_its_queue(server, post):
+    task = post("tasks.create", name="a run", type="training")["id"]
+    held, (queue,) = server.tasks[task], server.queues.values()
+    post("tasks.started", task=task)
+    post("tasks.stopped", task=task)
+    post("tasks.enqueue", task=task)
+    assert refusal(post, "tasks.edit", task=task, comment="x") == (400, 110)
+    assert refusal(post, "tasks.add_or_update_artifacts", task=task, artifacts=[{"key": "a", "type": "custom"}]) == (400, 110)  # fmt: skip
+    post("tasks.dequeue", task=task)
+    assert held.status == "stopped" and queue["entries"] == []  # what it was before
+    post("tasks.enqueue", task=task)
+    post("tasks.stop", task=task)
+    assert held.status == "stopped" and queue["entries"] == []
+    post("tasks.enqueue", task=task)
+    post("tasks.stopped", task=task)  # by the agent that ran it before, late
+    assert post("queues.get_next_task", queue=queue["id"])["entry"]["task"] == task and held.status == "queued"
+    assert post("queues.get_next_task", queue=queue["id"]) == {}
+
+
+def test_a_number_that_is_none_fails_its_batch(server, post):
+    task = post("tasks.create", name="a run", type="training")["id"]
+    assert refusal(post, "events.add_batch", lines=lines(point(task, 0, 0.5), point(task, 1, float("nan")))) == (500, 100)  # fmt: skip
+    assert server.tasks[task].scalars == {}
+    assert refusal(post, "events.add_batch", lines=b"") == (400, 17)
+
+
+def test_files_need_a_token(server, post):
+    def ask(method, path, authorization=None, data=None):
+        headers = {"Authorization": authorization} if authorization else {}
+        if data is not None:
+            headers["Content-Type"] = "multipart/form-data; boundary=b"
+        request = urllib.request.Request(f"{server.url}/{path}", data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as reply:
+                return reply.status, reply.read()
+        except urllib.error.HTTPError as error:
+            return error.code, b""
+
+    token = "Bearer " + next(iter(server.api.tokens))
+    part = b'--b\r\nContent-Disposition: form-data; name="/a/best.pth"; filename="x"\r\n\r\nweights\r\n--b--\r\n'
+    assert ask("GET", "") == (200, b"OK")  # is it there: that anyone may ask
+    assert ask("GET", "", "Bearer stale")[0] == 401
+    for wrong in (None, "Bearer stale", "Basic YTpi"):
+        assert ask("POST", "", wrong, part)[0] == 401
+    assert not server.files
+    assert ask("POST", "", token, part)[0] == 200 and server.files == {"a/best.pth": b"weights"}
+    assert [ask(method, "a/best.pth")[0] for method in ("GET", "HEAD", "DELETE")] == [401, 401, 401]
+    assert ask("GET", "a/best.pth", token) == (200, b"weights")
+    assert [ask("DELETE", "a/best.pth", token)[0] for _ in range(2)] == [200, 404]
+
+
+def test_scalars_are_told_as_they_are_kept_in_single_precision(server, post):
+    task = post("tasks.create", name="a run", type="training")["id"]
+    post("events.add_batch", lines=lines(*(point(task, epoch, 0.1 + epoch) for epoch in range(4))))
+    series = post("events.scalar_metrics_iter_histogram", task=task)["acc1"]["val"]
+    assert series["x"] == [0, 1, 2, 3] and series["y"][0] == 0.10000000149011612  # 0.1 as a float of 32 bits
+    fewer = post("events.scalar_metrics_iter_histogram", task=task, samples=2)["acc1"]["val"]
+    assert fewer["x"] == [0, 2] and fewer["y"] == pytest.approx([0.6, 2.6])
 
 
 def test_finished_tasks_take_no_artifact(post):
@@ -372,9 +537,9 @@ def test_events_replace_by_task_iteration_title_and_series(server, post):
     answer = post("events.add_batch", lines=lines(
         point(task, 0, 0.5), point(task, 1, 0.75), point(task, 1, 0.25), point(task, 1, 0.1, series="train"),
         point("nobody", 1, 1.0), point(task, NO_ITERATION, 0.9, "Summary", "best"),
-        point(task, 1000, 5.0, ":monitor:machine", "cpu_usage"), point(task, 2, float("nan")),
+        point(task, 1000, 5.0, ":monitor:machine", "cpu_usage"),
     ))  # fmt: skip
-    assert (answer["added"], answer["errors"]) == (6, 2)
+    assert (answer["added"], answer["errors"]) == (6, 1)
     held = server.tasks[task]
     assert held.scalars["acc1", "val"] == {0: 0.5, 1: 0.25}
     assert held.scalars["acc1", "train"] == {1: 0.1}
@@ -383,8 +548,9 @@ def test_events_replace_by_task_iteration_title_and_series(server, post):
     summary = held.fields["last_metrics"][hash_name("acc1")][hash_name("val")]
     assert (summary["value"], summary["min_value"], summary["max_value"]) == (0.25, 0.25, 0.75)
     assert (summary["max_value_iteration"], summary["first_value"]) == (1, 0.5)
-    post("events.add_batch", lines=lines(point(task, 1, 0.8)))
-    assert held.scalars["acc1", "val"] == {0: 0.5, 1: 0.8}
+    assert (summary["count"], summary["mean_value"]) == (3, 0.5)  # what was replaced counts
+    post("events.add_batch", lines=lines(point(task, 1, 0.8, timestamp=7)))
+    assert held.scalars["acc1", "val"] == {0: 0.5, 1: 0.8} and held.times["acc1", "val"][1] == 7
     with pytest.raises(Refused, match="Events not added"):
         post("events.add_batch", lines=lines(point("nobody", 0, 1.0)))
 
