@@ -97,6 +97,7 @@ def main(config: Config, dashboard: Dashboard) -> int:
     # Algorithm 1: the stages and their epochs; weights, optimizer, schedule and EMA carry on
     with stop, StageScheduler(make_loader, learner.copies.values(), ahead) as scheduler, closing_loader(val_loader):
         for stage in ahead:
+            log.begin_stage(stage)
             loader = scheduler.enter(stage)
             learner.enter_stage(stage.image_size, loader.batch_sizes)
             for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):

@@ -6,7 +6,8 @@ import shutil
 from typing import Any
 
 from reporting.folder import CLEARML, TASK, RunFolder
-from tracking.server import find_task, load_sdk
+from tracking.events import SCALAR, SESSION_LOG, SESSION_METRICS, Points, points_of, rewrite_events
+from tracking.server import find_task, is_published, load_sdk
 
 
 class Session:
@@ -67,6 +68,16 @@ class Session:
         self.offline = None
         self.write()
 
+    def leave_published(self) -> None:
+        """Leave the run's task on the server alone if it was published; a new one gets the whole run."""
+        task = find_task(self.online) if self.online else None
+        if task is not None and is_published(task):
+            print(
+                f"ClearML: task {self.online} is published and stays as it is; a new one has the whole run", flush=True
+            )
+            self.online = None
+            self.write()
+
     def forget(self) -> None:
         """Forget the tasks of an earlier run, where a run starts anew in this folder."""
         self.online = None
@@ -76,45 +87,32 @@ class Session:
 def import_session(session: Session) -> str:
     """Send an offline session to the server and remove it; return the id of its task there.
 
-    Sent again after a failure, it goes into the same task.
+    It goes into the task that the run has there, as after an attempt that failed, and of the points those that this
+    task has not.
     """
     Task = load_sdk().Task
-    for name in ("metrics.jsonl", "log.jsonl"):
-        drop_half_line(os.path.join(session.offline_folder, name))
+    earlier = find_task(session.online) if session.online else None
+    known = points_of(earlier) if earlier is not None else Points()
+
+    def is_new(event: dict[str, Any]) -> bool:
+        return event.get("type") != SCALAR or not known.has(
+            event["metric"], event["variant"], event["value"], event["iter"]
+        )
+
+    rewrite_events(os.path.join(session.offline_folder, SESSION_METRICS), is_new)
+    rewrite_events(os.path.join(session.offline_folder, SESSION_LOG))
 
     class Importer(Task):  # type: ignore[misc, valid-type]
         @classmethod
         def import_task(cls, *args: Any, **kwargs: Any) -> Any:
-            """Import the session into the task that an earlier attempt made, else into a new one."""
-            task = find_task(session.online) if session.online else None
-            if task is None:
-                task = super().import_task(*args, **kwargs)
-                session.note(task.id)  # at once: what fails from here on goes on in this task
+            """Import the session into the task that the run has, else into a new one."""
+            if earlier is not None:
+                return earlier
+            task = super().import_task(*args, **kwargs)
+            session.note(task.id)  # at once: what fails from here on goes on in this task
             return task
 
     Importer.import_offline_session(session.offline_folder)
     session.drop_offline()
     assert session.online is not None
     return session.online
-
-
-def drop_half_line(path: str) -> None:
-    """Remove lines that are cut short from a file of JSON lines, because the SDK cannot read them.
-
-    A process that was killed may leave such a last line.
-    """
-    if not os.path.exists(path):
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = file.readlines()
-    whole = []
-    for line in lines:
-        try:
-            json.loads(line)
-        except ValueError:
-            continue
-        whole.append(line if line.endswith("\n") else line + "\n")
-    if whole != lines:
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.writelines(whole)
-        os.replace(path + ".tmp", path)
