@@ -1,9 +1,11 @@
 """A double of ClearML's API on the loopback interface: the real SDK, agent and optimizer run online against it.
 
 It proves what is sent, and keeps the rules of the real server (clearml-server 2.x) that decide what becomes of it:
-which changes of status are allowed and what may be edited in which status, event ids (a repeated report replaces),
-last_iteration and last_metrics, what a clone or a reset keeps. It does not show what the dashboard draws, has one
-user, and forgets everything when it ends. A call it does not know is answered with an error and makes `check` fail.
+which changes of status are allowed and what may be edited in which status, what publishing takes along and forbids,
+names of projects, event ids (a repeated report replaces), last_iteration and last_metrics, the clock that a start sets
+back, queues, tokens, what a clone or a reset keeps, that answers leave out nulls. It does not show what the dashboard
+draws, has one user, and forgets everything when it ends. A call it does not know is answered with 404 and makes `check`
+fail. Its parts lie in clearml_double/.
 
 In a test:
 

@@ -41,8 +41,9 @@ SINGLE_VALUES = (
 class TaskReport:
     """The reports of a run to a ClearML task, from what its folder holds.
 
-    Repeating them changes nothing that the page shows: points that the task has are not told again, and the rest takes
-    the place of what it was; but pictures are filed anew once the task is renamed.
+    Repeated, they leave the page as it is: points that the task has are not told again, and the rest takes the place of
+    what it was. Two things they cannot: pictures and models are filed anew once the task is renamed, and the console,
+    which is the SDK's, is only appended to.
 
     folder: the run's
     no_files: why the server takes no files now, None if it does
@@ -65,9 +66,13 @@ class TaskReport:
         heads, rows = self.plan.table()
         self.logger.report_table("plan", "stages", iteration=0, table_plot=[heads, *rows])
         self.known = points_of(self.task)
-        records = self.folder.metrics()
-        for record in records:
+        for record in self.folder.metrics():
             self.epoch(record)
+        self.pictures()
+
+    def pictures(self) -> None:
+        """Report the pictures of the stages of which there are epochs, as far as they are not sent."""
+        records = self.folder.metrics()
         for stage in self.plan.stages:
             if records and stage.epochs.start <= records[-1]["epoch"]:
                 self.picture(stage.index)

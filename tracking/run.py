@@ -150,6 +150,8 @@ class ClearML(Dashboard):
             print(f"ClearML: task {continued} cannot be continued; a new one, {task.id}, has the whole run", flush=True)
         session.note(task.id)
         send_settings(task, config)
+        if self.offline_because is not None:
+            session.keep_description()
         report = TaskReport(task, self.folder, no_files)
         report.so_far()
         task.connect_label_enumeration({name: i for i, name in enumerate(report.classes)})
@@ -203,9 +205,8 @@ class ClearML(Dashboard):
         left = f"all of the run is in {self.folder.path}, `{self.upload_command}` sends the rest"
         try:
             if report is None:
-                if error is not None and on_agent():
-                    with never_fatal("the task does not say why it failed"):
-                        fail(find_task(os.environ["CLEARML_TASK_ID"]), message)
+                if error is not None and on_agent() and not self.in_time(lambda: fail_agent(message), START_SECONDS):
+                    abandon()
             elif not self.in_time(lambda: self.close(report, error, message), CLOSE_SECONDS):
                 abandon(f"ClearML: the server stopped answering; {left}")
         except KeyboardInterrupt:  # who does not want to wait; what the run came to stands
@@ -222,7 +223,7 @@ class ClearML(Dashboard):
         if not (self.aborted and not on_agent()):  # a task that is stopped takes no files
             report.no_files = why_no_files() if online else None
             if report.no_files is None:
-                parts.append(report.artifacts)
+                parts += [report.pictures, report.artifacts]
                 if online:  # offline the SDK cannot register a model; `upload` does
                     parts.append(report.models)
             else:
@@ -257,6 +258,12 @@ class ClearML(Dashboard):
     def say_no_files(self, why: str) -> None:
         line = f"pictures, artifacts and weights are not sent, {why}"
         print(f"ClearML: {line}; `{self.upload_command}` sends them later", flush=True)
+
+
+def fail_agent(message: str) -> None:
+    """Mark the task that an agent runs here as failed."""
+    with never_fatal("the task does not say why it failed"):
+        fail(find_task(os.environ["CLEARML_TASK_ID"]), message)
 
 
 def requirements() -> Iterator[tuple[str, str]]:

@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import time
 from typing import Any
 
 from reporting.folder import CLEARML, TASK, RunFolder
 from tracking.events import SCALAR, SESSION_LOG, SESSION_METRICS, Points, points_of, rewrite_events
 from tracking.server import find_task, is_published, load_sdk
+
+DESCRIPTION = "task.json"  # of an offline session's task
 
 
 class Session:
@@ -35,10 +38,49 @@ class Session:
         return os.path.join(self.root, "offline", str(self.offline))
 
     def hold(self) -> bool:
-        """Take the session for this process; return False if another one of this machine has it.
+        """Take the session for this process, and mend it; return False if another one of this machine has it.
 
         It is this process's until that ends.
         """
+        if not self.lock_root():
+            return False
+        if self.offline is not None and self.description() is None:
+            if os.path.exists(self.copy):
+                shutil.copyfile(self.copy, os.path.join(self.offline_folder, DESCRIPTION))
+            else:
+                self.offline = None  # the kill came at once: a new task gets the whole run
+        return True
+
+    @property
+    def copy(self) -> str:
+        return os.path.join(self.root, f"{self.offline}.json")
+
+    def description(self) -> bytes | None:
+        """Read what the offline session says of its task; None if that is cut short, as a kill may leave it.
+
+        The SDK writes it in place.
+        """
+        try:
+            with open(os.path.join(self.offline_folder, DESCRIPTION), "rb") as file:
+                content = file.read()
+            json.loads(content)
+        except (OSError, ValueError):
+            return None
+        return content
+
+    def keep_description(self) -> None:
+        """Keep a copy of the description, for after a kill."""
+        for _ in range(20):  # the SDK may be writing it
+            content = self.description()
+            if content is not None:
+                with open(self.copy + ".tmp", "wb") as file:
+                    file.write(content)
+                os.replace(self.copy + ".tmp", self.copy)
+                return
+            time.sleep(0.1)
+
+    def lock_root(self) -> bool:
+        """Lock the session; return False if another process of this machine has it."""
         os.makedirs(self.root, exist_ok=True)
         self.lock = open(os.path.join(self.root, "lock"), "w")  # noqa: SIM115, closed with the process
         try:
@@ -65,6 +107,8 @@ class Session:
     def drop_offline(self) -> None:
         """Remove the offline session."""
         shutil.rmtree(os.path.join(self.root, "offline"), ignore_errors=True)
+        if os.path.exists(self.copy):
+            os.remove(self.copy)
         self.offline = None
         self.write()
 

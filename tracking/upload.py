@@ -37,6 +37,13 @@ class Upload:
             raise ConfigError(f"upload: {reason}; set it up with clearml-init")
         if not self.session.hold():
             raise ConfigError(f"upload: a run or another upload uses {self.session.root}; wait for its end")
+        if self.session.online is None and self.session.offline is None:
+            raise ConfigError(f"upload: the run was killed before its session was whole; {self.anew}")
+
+    @property
+    def anew(self) -> str:
+        folder = shlex.quote(self.run.path)
+        return f"`python train.py --resume auto --output-dir {folder}` makes a new task of the run"
 
     def find(self) -> Any:
         """Find the task that the run has on the server, if an offline session need not make one.
@@ -48,13 +55,12 @@ class Upload:
         if session.offline is not None:
             session.leave_published()
         task = find_task(session.online) if session.online else None
-        new = f"`python train.py --resume auto --output-dir {shlex.quote(self.run.path)}` makes a new one of the run"
         if task is None:
             if session.offline is None:
-                raise ConfigError(f"upload: the server does not know task {session.online}; {new}")
+                raise ConfigError(f"upload: the server does not know task {session.online}; {self.anew}")
             return None
         if is_published(task):
-            raise ConfigError(f"upload: task {session.online} is published and takes nothing more; {new}")
+            raise ConfigError(f"upload: task {session.online} is published and takes nothing more; {self.anew}")
         if task.get_status() == "queued":
             raise ConfigError(f"upload: task {session.online} lies in a queue, for an agent to run; take it out first")
         return task
