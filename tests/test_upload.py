@@ -1,6 +1,7 @@
 """Runs sent to a server afterwards, whole or the rest of them: the real SDK against a double of ClearML's API."""
 
 import copy
+import json
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from runs import metrics
 
 from reporting.folder import RunFolder
 from tracking.__main__ import main
-from tracking.events import Points, read_events
+from tracking.events import Points, read_events, session_points
 from tracking.session import Session
 
 # ---- offline, then sent ----
@@ -101,6 +102,24 @@ def test_points_are_compared_in_the_precision_of_the_server():
     assert not points.has("loss", "train", 0.1, 4) and not points.has("loss", "val", 0.1, 3)
 
 
+def test_points_of_a_session_that_a_server_has_not(tmp_path):
+    def event(iteration, value, kind="training_stats_scalar", series="train"):
+        return {"type": kind, "metric": "loss", "variant": series, "iter": iteration, "value": value}
+
+    lines = [[event(0, 0.5), event(1, 0.25)], [event(1, 0.75), event(0, 0, "plot", "val"), event(-(2**31), 7.0)]]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n[{"type": "tr')
+    sent, held = session_points(str(tmp_path)), Points()
+    assert sent.values == {("loss", "train"): {0: 0.5, 1: 0.75, -(2**31): 7.0}}  # the last is what a server keeps
+    assert not held.have(sent) and held.have(Points())
+    held.values["loss", "train"] = {0: 0.5, 1: 0.25}
+    assert not held.have(sent)
+    held.values["loss", "train"][1] = 0.75
+    assert held.have(sent)
+    many = Points()
+    many.values["loss", "train"] = {iteration: 1.0 for iteration in range(6000)}  # told in means
+    assert held.have(many)
+
+
 def test_what_a_session_has_is_not_imported_over_what_the_task_has(images, tmp_path, server):
     """Online, then twice without a server, then sent: each epoch keeps the time of its first report."""
     out, env = tmp_path / "run", server.env(tmp_path / "cache")
@@ -134,7 +153,8 @@ def test_an_import_that_fails_goes_on_in_the_same_task(images, tmp_path, server)
     refuse = server.api.events_add_batch
     server.api.events_add_batch = lambda events: (_ for _ in ()).throw(Refused(100, "no room"))
     first = upload(out, server.env(tmp_path / "cache"))
-    assert first.returncode == 1 and server.only_task().status == "stopped"
+    assert first.returncode == 1 and "the server has not taken all of the session" in first.stderr
+    assert Session(RunFolder(str(out))).offline is not None and server.only_task().status == "stopped"
     assert server.only_task().status_message == "the upload failed half way; the same command sends the rest"
     server.api.events_add_batch = refuse
     assert upload(out, server.env(tmp_path / "cache")).returncode == 0, first.stderr
@@ -184,6 +204,24 @@ def test_a_published_task_stays_as_it_is(images, tmp_path, server):
     assert new.status == "completed" and list(new.scalars["loss", "train"]) == [0, 1]
     assert {model["ready"] for model in new.output_models.values()} == {False}
     assert Session(RunFolder(str(out))).online == new.id
+
+
+def test_a_session_of_a_published_task_becomes_a_new_one(images, tmp_path, server):
+    """A run whose task was published goes on without a server; what it left is sent."""
+    out = tmp_path / "run"
+    flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "1"]
+    assert program(*flags, env=nowhere(tmp_path / "elsewhere")).returncode == 0
+    made = server.api.tasks_create({"name": "run", "type": "training"})["id"]
+    task = server.tasks[made]
+    task.fields["status"] = "published"
+    session = Session(RunFolder(str(out)))
+    session.note(task.id)
+    before = kept(server, task)
+    done = upload(out, server.env(tmp_path / "cache"))
+    assert done.returncode == 0 and "a new one has the whole run" in done.stdout, done.stdout + done.stderr
+    (new,) = (other for other in server.tasks.values() if other is not task)
+    assert new.status == "completed" and list(new.scalars["loss", "train"]) == [0]
+    assert kept(server, task) == before
 
 
 def test_a_published_model_stays_as_it_is(images, tmp_path, server):

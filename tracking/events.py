@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 SCALAR = "training_stats_scalar"  # the type of a point
+SINGLE = -(2**31)  # the iteration of a single value
 SAMPLES = 6000  # points of a series that a server tells as they are; of more it tells means
 SESSION_METRICS, SESSION_LOG = "metrics.jsonl", "log.jsonl"  # of an offline session: lists of events, one a line
 
@@ -23,20 +24,34 @@ class Points:
         held = self.values.get((title, series), {}).get(iteration)
         return held is not None and np.float32(held) == np.float32(value)
 
+    def have(self, others: "Points") -> bool:
+        """Check whether all of `others` are there; of a series that a server tells in means, whether any is."""
+        return all(
+            self.has(*series, value, iteration) if len(values) < SAMPLES else series in self.values
+            for series, values in others.values.items()
+            for iteration, value in values.items()
+            if iteration != SINGLE  # which a server tells elsewhere
+        )
+
 
 def points_of(task: Any) -> Points:
     """Find the points that a task has; none where the server does not say, few of a series of over SAMPLES."""
-    points = Points()
     if task.is_offline():
-        for events in read_events(os.path.join(task.get_offline_mode_folder(), SESSION_METRICS)):
-            for event in events:
-                if event.get("type") == SCALAR:
-                    series = points.values.setdefault((event["metric"], event["variant"]), {})
-                    series[event["iter"]] = event["value"]
-        return points
+        return session_points(task.get_offline_mode_folder())
+    points = Points()
     for title, lines in task.get_reported_scalars().items():
         for series, found in lines.items():
             points.values[title, series] = dict(zip(found["x"], found["y"]))
+    return points
+
+
+def session_points(folder: str) -> Points:
+    """Find the points that an offline session in `folder` has."""
+    points = Points()
+    for events in read_events(os.path.join(folder, SESSION_METRICS)):
+        for event in events:
+            if event.get("type") == SCALAR:
+                points.values.setdefault((event["metric"], event["variant"]), {})[event["iter"]] = event["value"]
     return points
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from learning.checkpoint import previous_checkpoint
 from reporting.folder import BEST, CHECKPOINT, METRICS, REPORT, SUMMARY, RunFolder
 from reporting.records import worst_confusions
 from stages import COLUMNS
@@ -160,7 +161,9 @@ class TaskReport:
         if best is not None:
             self.model("best", BEST, best[0], "weights under torchvision's names")
         if records:
-            self.model("last", CHECKPOINT, records[-1]["epoch"], "everything that --resume continues from")
+            # A kill between two renames leaves the one before alone.
+            last = CHECKPOINT if self.folder.has(CHECKPOINT) else previous_checkpoint(CHECKPOINT)
+            self.model("last", last, records[-1]["epoch"], "everything that --resume continues from")
 
     def model(self, name: str, file: str, epoch: int, comment: str) -> None:
         """Upload one file of weights and register it, under the same model as before if there is one to be changed."""

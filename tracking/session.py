@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from reporting.folder import CLEARML, TASK, RunFolder
-from tracking.events import SCALAR, SESSION_LOG, SESSION_METRICS, Points, points_of, rewrite_events
+from tracking.events import SCALAR, SESSION_LOG, SESSION_METRICS, Points, points_of, rewrite_events, session_points
 from tracking.server import find_task, is_published, load_sdk
 
 DESCRIPTION = "task.json"  # of an offline session's task
@@ -133,6 +133,9 @@ def import_session(session: Session) -> str:
 
     It goes into the task that the run has there, as after an attempt that failed, and of the points those that this
     task has not.
+
+    Raises:
+        RuntimeError: the server has not taken every point, of which the SDK makes a warning; the session stays.
     """
     Task = load_sdk().Task
     earlier = find_task(session.online) if session.online else None
@@ -157,6 +160,8 @@ def import_session(session: Session) -> str:
             return task
 
     Importer.import_offline_session(session.offline_folder)
-    session.drop_offline()
     assert session.online is not None
+    if not points_of(find_task(session.online)).have(session_points(session.offline_folder)):
+        raise RuntimeError("the server has not taken all of the session")
+    session.drop_offline()
     return session.online
