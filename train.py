@@ -23,17 +23,19 @@ import os
 import shlex
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import DataLoader
 
 from images.datasets import Data, load_data
-from images.loaders import TrainLoader, augment_on, eval_loader, sample_grid, train_loader
+from images.evaluation import EvalOnDevice
+from images.loaders import TrainLoader, augment_on, batches_of_all, eval_loader, sample_grid, train_loader
 from images.store_place import with_store
 from images.workers import closing_loader
 from learning.faults import one_line
@@ -197,7 +199,7 @@ def train_one_epoch(
 @torch.inference_mode()
 def evaluate(
     copies: Mapping[str, nn.Module],
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: DataLoader | EvalOnDevice,
     criterion: nn.Module,
     runtime: Runtime,
     stop: Stop | None = None,
@@ -212,10 +214,9 @@ def evaluate(
     scores = {name: Score(runtime) for name in copies}
     for model in copies.values():
         share_buffers(model, runtime).eval()
-    # Batches that every process has, full ones: they agree on whether to stop
-    common = len(loader.dataset.images) // runtime.world_size // loader.batch_size  # type: ignore
+    num_shared = batches_of_all(loader, runtime)  # at which processes agree on whether to stop
     for step, (images, targets) in enumerate(stop.while_they_come(loader)):
-        if step < common and stop(step, budget=False):
+        if step < num_shared and stop(step, budget=False):
             return {}
         images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
         targets = targets.to(runtime.device, non_blocking=True)

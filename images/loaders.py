@@ -183,6 +183,12 @@ def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) ->
     return make_loader(images, runtime, config.workers, batch_size=batch_size)
 
 
+def batches_of_all(loader: DataLoader | EvalOnDevice, runtime: Runtime) -> int:
+    """Count the full batches of validation images that every process has."""
+    images = loader.images if isinstance(loader, EvalOnDevice) else loader.dataset.images  # type: ignore[attr-defined]
+    return len(images) // runtime.world_size // (loader.batch_size or 1)
+
+
 def sample_grid(loader: TrainLoader, epoch: int, num_images: int = 16) -> Tensor:
     """Draw augmented training images of a loader as one picture, uint8 (3, H, W).
 
