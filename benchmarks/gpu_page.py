@@ -46,7 +46,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         "tflops": "TFLOP/s", "share_of_product": "of the product's", "gb_per_second": "GB/s at least", "share_of_memory": "of the memory's",
     }),
     "Batch size": ("batch", {
-        "image_size": "px", "batch_size": "batch", "images_per_second": "images/s", "gpu_memory_gib": "GPU GiB",
+        "image_size": "px", "batch_size": "batch", "images_per_second": "images/s", "share_of_best": "of the best", "gpu_memory_gib": "GPU GiB",
     }),
     "The reference's way of loading": ("reference", {
         "image_size": "px", "images_per_second": "images/s", "data_wait_fraction": "waiting",

@@ -66,7 +66,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
         ("times the bare loop's time", "times_bare", "{:.2f}"), ("of bfloat16 products", "share_of_product", "{:.1%}"), ("of memory, at least", "share_of_memory", "{:.1%}"),
     )),
     "gpu_batch": ("gpu", ("batch",), (
-        ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("batch", "batch_size", "{}"), ("images/s", "images_per_second", "{:,.0f}"), ("memory, GiB", "gpu_memory_gib", "{:.1f}"),
+        ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("batch", "batch_size", "{}"), ("images/s", "images_per_second", "{:,.0f}"), ("of the best", "share_of_best", "{:.2f}"), ("memory, GiB", "gpu_memory_gib", "{:.1f}"),
     )),
     "gpu_profile": ("gpu", ("profile", "profile-eager"), (
         ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("ms/step, profiled", "ms_per_step", "{:.1f}"),

@@ -229,6 +229,8 @@ def test_rows_are_compared_with_the_ceilings_and_the_reference_of_their_card():
             row("reference", "reference-loading", images_per_second=3000.0),
             row("whole", "whole", images_per_second=9000.0),
             row("whole", "whole", image_size=300, images_per_second=2400.0) | {"image_size": 300},
+            row("batch", "batch", batch_size=64, images_per_second=600.0),
+            row("batch", "batch", batch_size=128, images_per_second=800.0),
             row("progressive", "staged", train_seconds=66.0, relative_cost=0.6),
             row("progressive", "fixed", train_seconds=100.0, relative_cost=1.0),
         ]
@@ -237,6 +239,7 @@ def test_rows_are_compared_with_the_ceilings_and_the_reference_of_their_card():
     assert (ours["share_of_product"], ours["share_of_memory"]) == (0.05, 0.5)
     small, large = (row for row in found if row["part"] == "whole")
     assert small["times_reference"] == 3 and large["times_reference"] is None
+    assert [row["share_of_best"] for row in found if row["part"] == "batch"] == [0.75, 1]
     (staged,) = [row for row in found if row["way"] == "staged"]
     assert staged["time_ratio"] == pytest.approx(0.66) and staged["times_relative_cost"] == pytest.approx(1.1)
     by_card = rows_of.by_card([{"machine": MACHINE}, {"machine": MACHINE | {"gpu": None}}])
