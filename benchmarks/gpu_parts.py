@@ -88,7 +88,7 @@ def smoke(setup: Setup, size: int) -> Iterator[common.Measures]:
 
 def tests(setup: Setup) -> Iterator[common.Measures]:
     """Run the tests that need a GPU; without one they are skipped."""
-    report = os.path.join(setup.out, "tests.xml")
+    report = os.path.join(setup.scratch, "tests.xml")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors"]  # fmt: skip
     done = subprocess.run([*command, f"--junitxml={os.path.abspath(report)}"], cwd=common.ROOT)
     suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -188,7 +188,7 @@ def whole(setup: Setup, sizes: Sequence[int], eager: bool) -> Iterator[common.Me
     device, uuid = find_device(setup.device, 0), None
     if setup.on_gpu:
         uuid = "GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-    for size, row, ceiling in zip(sizes, end_to_end.train(flags, setup.out, uuid), best):
+    for size, row, ceiling in zip(sizes, end_to_end.train(flags, setup.scratch, uuid), best):
         resident = ceiling["images_per_second"]
         share = row["images_per_second"] / resident
         way = "whole-eager" if eager else "whole"
@@ -220,7 +220,7 @@ def staged(setup: Setup, way: str) -> Iterator[common.Measures]:
     """Train in stages, or at the last size throughout, as progressive.py does; the seconds of training."""
     sizes = setup.sizes if way == "staged" else setup.sizes[-1:]
     flags = [*setup.flags(sizes), *setup.data_flags(), "--epochs", str(setup.staged_epochs)]
-    yield {"way": way, "image_size": setup.sizes[-1], **progressive.measure(flags, setup.out)}
+    yield {"way": way, "image_size": setup.sizes[-1], **progressive.measure(flags, setup.scratch)}
 
 
 # ---- profile ----

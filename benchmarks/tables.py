@@ -58,7 +58,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
         ("of", "way", "{}"), ("TFLOP/s", "tflops", "{:,.0f}"), ("GB/s", "gb_per_second", "{:,.0f}"), ("µs", "microseconds", "{:.2f}"),
     )),
     "gpu_whole": ("gpu", ("whole", "whole-eager"), (
-        ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("images/s", "images_per_second", "{:,.0f}"),
+        ("images", ".data", "{}"), ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("images/s", "images_per_second", "{:,.0f}"),
         ("of the step alone", "share_of_ceiling", "{:.2f}"), ("waiting", "data_wait_fraction", "{:.1%}"), ("times the reference's loading", "times_reference", "{:.2f}"),
     )),
     "gpu_step": ("gpu", ("bare", "ours", "ours-eager", "reference"), (

@@ -35,7 +35,15 @@ def start(out, *options):
 
 def test_a_rehearsal_leaves_rows_and_a_page_and_goes_on(tmp_path, capsys):
     out = tmp_path / "out"
-    assert start(out, "--parts", "ceilings", "smoke", "step", "profile", "batch", "--minutes", "4") == 0
+    parts = ["ceilings", "smoke", "step", "profile", "batch"]
+    assert start(out, "--parts", *parts, "--minutes", "4", "--scratch", str(tmp_path / "scratch")) == 0
+    assert {file.name for file in out.iterdir()} == {
+        "rows.jsonl",
+        "report.html",
+        "setup.json",
+        "log.txt",
+        "profile.json.gz",
+    }
     text = (out / "rows.jsonl").read_text()
     assert str(ROOT) not in text and str(tmp_path) not in text
     rows = [json.loads(line) for line in text.splitlines()]
@@ -91,7 +99,10 @@ def test_a_wrong_option_is_one_line(options, message, capsys):
 
 
 def test_data_are_needed_unless_it_is_a_rehearsal(tmp_path):
-    with pytest.raises(gpu.ConfigError, match="--data DIR is missing"):
+    with pytest.raises(
+        gpu.ConfigError,
+        match=r"^--data DIR is missing, .* whole, profile, .* need it, smoke, tests, ceilings, step, batch do not$",
+    ):
         gpu.main(gpu.read_options(["--out", str(tmp_path / "out")]))
     assert not (tmp_path / "out").exists()
     assert gpu.main(gpu.read_options(["--out", str(tmp_path / "out"), "--plan"])) == 0
@@ -151,7 +162,7 @@ def test_a_study_is_told_its_time_and_how_it_ended(tmp_path, monkeypatch):
     sweep.write_text(f"import json, pathlib, sys\npathlib.Path({str(told)!r}).write_text(json.dumps(sys.argv[1:]))\nprint('error: no val/ there', file=sys.stderr)\nsys.exit(int(sys.argv[1]))")  # fmt: skip
     monkeypatch.setattr(work.common, "ROOT", tmp_path)
     monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: 100.0))
-    setup = setups.Setup(device="cpu", workers=7, out=str(tmp_path / "out"))
+    setup = setups.Setup(device="cpu", workers=7, out=str(tmp_path / "out"), scratch=str(tmp_path / "scratch"))
 
     def carry_out(status):
         work.run_study(status, setup, str(tmp_path / "data"), 3, 190.0, str(tmp_path / "log"))
@@ -159,6 +170,8 @@ def test_a_study_is_told_its_time_and_how_it_ended(tmp_path, monkeypatch):
     carry_out("0")
     flags = json.loads(told.read_text())
     assert flags[:5] == ["0", "--parallel", "3", "--time-budget", "90s"]
+    assert flags[flags.index("--results") + 1] == f"{tmp_path}/out/results"
+    assert flags[flags.index("--output-dir") + 1] == f"{tmp_path}/scratch/trainings"
     assert flags[flags.index("--workers") + 1] == "2" and flags[flags.index("--data-path") + 1] == f"{tmp_path}/data"
     for status, message, cut in (("3", "time was over", True), ("2", "no val/ there", False), ("1", "some runs failed; see .*log", False)):  # fmt: skip
         with pytest.raises(work.Ended, match=f"^{message}$") as end:
