@@ -35,11 +35,12 @@ from learning.models import build_on_meta
 from learning.optim import learning_rate_schedule
 from learning.rehearse import is_out_of_memory
 from learning.state import RunState
+from learning.stop import Stop
 from reporting.progress import Progress
 from settings.resolve import resolve
 from stages import make_plan, plan_stages
 from train import train_one_epoch
-from utils import Runtime, Stop, find_device, start_runtime
+from utils import Runtime, find_device, start_runtime
 
 LAUNCHES = 1000  # small kernels in a row: the time of one is what the host takes to launch it
 TOP_KERNELS = 20
@@ -231,7 +232,7 @@ class StopAt(Stop):
 
     step = 0
 
-    def __call__(self, step: int = 0) -> bool:
+    def __call__(self, step: int = 0, budget: bool = True) -> bool:
         return step >= self.step
 
 

@@ -31,13 +31,14 @@ from torch import Tensor, nn
 from learning.learner import Learner, build_learner
 from learning.optim import learning_rate_schedule
 from learning.state import RunState
+from learning.stop import Stop
 from reporting import records
 from reporting.progress import Progress
 from settings.resolve import resolve
 from settings.table import Config
 from stages import Stage, plan_stages, set_drop_rates
 from train import train_one_epoch
-from utils import Runtime, Stop, start_runtime
+from utils import Runtime, start_runtime
 
 WAYS = ("bare", "ours", "ours-ema", "reference")
 ON_GPU = ("ours-eager",)  # of interest there alone
