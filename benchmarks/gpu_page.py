@@ -192,7 +192,7 @@ def draw_shares(rows: Sequence[Row]) -> str:
     axis.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
     axis.set_ylabel("% of the ceiling")
     axis.margins(y=0.12)
-    axis.legend(frameon=False, fontsize=7)
+    axis.legend(frameon=False, fontsize=7, ncols=len(shares), loc="lower center", bbox_to_anchor=(0.5, 1))
     return as_svg(figure)
 
 
@@ -205,6 +205,7 @@ def draw_batches(rows: Sequence[Row]) -> str:
         axis.plot(*zip(*points), color=LINES[i], marker="o", ms=3, label=f"{size} px")
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted({row["batch_size"] for row in tried}), sorted({row["batch_size"] for row in tried}))
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("batch size")
     axis.set_ylabel("images per second")
     axis.legend(frameon=False, fontsize=8)

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import measurements
@@ -179,6 +180,22 @@ def test_a_study_is_told_its_time_and_how_it_ended(tmp_path, monkeypatch):
         assert end.value.cut is cut
 
 
+def test_tests_that_fail_are_named(tmp_path, monkeypatch):
+    def run(command, **options):
+        assert command[1:5] == ["-m", "pytest", "-m", "gpu"]
+        (report,) = [word.removeprefix("--junitxml=") for word in command if word.startswith("--junitxml=")]
+        cases = '<testcase classname="a" name="good"/><testcase classname="b" name="bad"><failure/></testcase><testcase classname="c" name="broken"><error/></testcase>'
+        Path(report).write_text(
+            f'<testsuites><testsuite tests="4" failures="1" errors="1" skipped="1">{cases}</testsuite></testsuites>'
+        )
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(parts.subprocess, "run", run)
+    (row,) = parts.tests(setups.Setup(scratch=str(tmp_path)))
+    assert (row["tests"], row["failures"], row["errors"], row["skipped"]) == (4, 1, 1, 1)
+    assert row["broken"] == "b.bad, c.broken" and row["exit_status"] == 1
+
+
 def test_rows_after_a_crash(tmp_path):
     rows = rows_of.Rows(tmp_path)
     assert rows.read() == [] and rows.ended("C") == {}
@@ -311,7 +328,7 @@ def test_recipes_keep_the_leaderboard_s_rules(epochs):
 )
 def test_studies_of_the_leaderboard(study, runs):
     found = read_study(str(ROOT / f"configs/leaderboard/studies/{study}.yaml"), "runs", ["--dataset", "imagefolder"])
-    assert len(found.runs) == runs and found.metric == "top1_ema"
+    assert len(found.runs) == runs and set(found.metrics.values()) == {"top1_ema"}
     for run in found.runs:
         assert run.config.val_crop_size <= max(run.config.train_crop_size) and run.config.weights is None
     if study == "leaderboard":
