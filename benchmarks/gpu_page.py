@@ -15,7 +15,7 @@ from typing import Any
 import common
 import jinja2
 import matplotlib.pyplot as plt
-from gpu_rows import Row, Rows, by_card, measures, unfinished
+from gpu_rows import ROWS, Row, Rows, by_card, measures, unfinished
 
 from reporting.figures import LINES, as_svg
 
@@ -212,9 +212,12 @@ def draw_batches(rows: Sequence[Row]) -> str:
     return as_svg(figure)
 
 
-def main(folders: Sequence[Any]) -> int:
-    for folder in folders:
-        write_page(folder)
+def main(argv: Sequence[str]) -> int:
+    """Write the page of the folder named; return the exit status."""
+    if len(argv) != 1 or not os.path.isfile(os.path.join(argv[0], ROWS)):
+        print(f"error: give one folder of gpu.py, with {ROWS} in it; got {' '.join(argv) or 'none'}", file=sys.stderr)
+        return 2
+    write_page(argv[0])
     return 0
 
 

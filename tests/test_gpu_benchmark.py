@@ -276,7 +276,7 @@ def test_rows_are_compared_with_the_ceilings_and_the_reference_of_their_card():
     assert list(by_card) == ["A card", "C"]
 
 
-def test_the_page_shows_each_card_and_what_is_not_finished(tmp_path):
+def test_the_page_shows_each_card_and_what_is_not_finished(tmp_path, capsys):
     origin = {"settings": {"model": "m", "batch_size": 8, "tiny": False}, "versions": {"torch": "2", "cuda": None}, "commit": None, "date": "2026-01-02T03"}  # fmt: skip
     rows = rows_of.Rows(tmp_path)
     rows.add(
@@ -288,11 +288,13 @@ def test_the_page_shows_each_card_and_what_is_not_finished(tmp_path):
     (tmp_path / "results" / "race_means.csv").write_text(
         "column,condition,mean,sd,n,low,high\ntop1,one,87.654,,1,,\nauc,one,1,,1,,\n"
     )
-    page.write_page(str(tmp_path))
+    assert page.main([str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
     assert "<h1>A card</h1>" in html and "<td>801</td>" in html
     assert "<h1>Other &lt;card&gt;</h1>" in html and "<td>&lt;b&gt;</td>" in html
     assert "<h2>Study: race</h2>" in html and "<td>87.65</td>" in html and "auc" not in html
+    assert page.main([str(tmp_path / "results")]) == 2
+    assert capsys.readouterr().err.startswith("error: give one folder of gpu.py, with rows.jsonl in it; got ")
 
 
 def test_the_performance_page_takes_a_card_s_rows(tmp_path, monkeypatch):
