@@ -117,15 +117,24 @@ def profiles(rows: Sequence[Row]) -> dict[str, tuple[Table, Table]]:
 
 
 def studies(folder: Path) -> dict[str, Table]:
-    """Build a table of the means of each study that has rows, by the study's name."""
+    """Build a table of the means of each study that has rows, by the study's name.
+
+    Seconds of training are left out where some runs shared the machine.
+    """
     found: dict[str, Table] = {}
     for path in sorted(folder.glob("*_means.csv")):
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["column"] in ("top1", "top1_ema", "train_seconds")]
+        shared = any(int(row["at_once"] or 1) > 1 for row in read_csv(path.with_name(path.name.replace("_means", ""))))
+        columns = ("top1", "top1_ema", *([] if shared else ["train_seconds"]))
+        rows = [row for row in read_csv(path) if row["column"] in columns]
         cells = [[row["condition"], row["column"], row["n"], *(decimal(row[key]) for key in ("mean", "sd", "low", "high"))] for row in rows]  # fmt: skip
         heads = ["condition", "measure", "runs", "mean", "standard deviation", "95 % from", "to"]
         found[path.stem.removesuffix("_means")] = (heads, cells)
     return found
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def decimal(text: str) -> str:

@@ -288,11 +288,17 @@ def test_the_page_shows_each_card_and_what_is_not_finished(tmp_path, capsys):
     (tmp_path / "results" / "race_means.csv").write_text(
         "column,condition,mean,sd,n,low,high\ntop1,one,87.654,,1,,\nauc,one,1,,1,,\n"
     )
+    times = "train_seconds,one,30,,1,,\n"
+    for study, at_once in (("race", "4"), ("alone", "1")):
+        (tmp_path / "results" / f"{study}.csv").write_text(f"condition,at_once\none,{at_once}\n")
+        with open(tmp_path / "results" / f"{study}_means.csv", "a") as file:
+            file.write(times if study == "race" else "column,condition,mean,sd,n,low,high\n" + times)
     assert page.main([str(tmp_path)]) == 0
     html = (tmp_path / "report.html").read_text()
     assert "<h1>A card</h1>" in html and "<td>801</td>" in html
     assert "<h1>Other &lt;card&gt;</h1>" in html and "<td>&lt;b&gt;</td>" in html
     assert "<h2>Study: race</h2>" in html and "<td>87.65</td>" in html and "auc" not in html
+    assert html.count("<td>train_seconds</td>") == 1 and "<h2>Study: alone</h2>" in html
     assert page.main([str(tmp_path / "results")]) == 2
     assert capsys.readouterr().err.startswith("error: give one folder of gpu.py, with rows.jsonl in it; got ")
 
