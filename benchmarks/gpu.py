@@ -14,9 +14,9 @@ profile       20 steps of training: the kernels that take longest, the share of 
 reference     training on images loaded the reference's way
 batch         the step at growing batch sizes, up to the first that does not fit
 progressive   stages against the last size throughout (progressive.py)
-race          studies of configs/leaderboard/studies: candidates for the short rows of Imagenette's leaderboard,
-leaderboard   its rows by its rules,
-staged        and stages against a fixed size, with the same epochs and with the same time
+race          trainings: candidates for the row of five epochs in Imagenette's leaderboard,
+leaderboard   its short rows by its rules,
+staged        and stages against a fixed size, with as many epochs and with as much arithmetic
 
 A measurement begins only while the box of its part lasts, and is cut when twice the box or --minutes are over; a study
 is stopped at the end of its box, and gets half a minute more to save its runs. Rows are in rows.jsonl as soon as they
@@ -50,7 +50,11 @@ BOXES = {
 }  # fmt: skip
 WITHOUT_IMAGES = ("smoke", "tests", "ceilings", "step", "batch")
 STUDY_BOX = 8.0  # of a study that is named by its file
-STUDIES = {part: f"configs/leaderboard/studies/{part}.yaml" for part in ("race", "leaderboard", "staged")}
+STUDIES = {
+    "race": "configs/leaderboard/studies/race.yaml",
+    "leaderboard": "configs/leaderboard/studies/leaderboard.yaml",
+    "staged": "configs/studies/staged_192px.yaml",
+}
 
 
 def main(args: argparse.Namespace) -> int:

@@ -331,16 +331,12 @@ def test_recipes_keep_the_leaderboard_s_rules(epochs):
     assert config.val_crop_size <= 128 and config.dataset == "imagenette-160px"
 
 
-@pytest.mark.parametrize(
-    "study, runs", [("race", 8), ("race_20", 6), ("leaderboard", 10), ("staged", 9)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize("study, runs", [("race", 9), ("race_20", 8), ("leaderboard", 10)])
 def test_studies_of_the_leaderboard(study, runs):
     found = read_study(str(ROOT / f"configs/leaderboard/studies/{study}.yaml"), "runs", ["--dataset", "imagefolder"])
-    assert len(found.runs) == runs and set(found.metrics.values()) == {"top1_ema"}
+    assert len(found.runs) == runs
     for run in found.runs:
-        assert run.config.val_crop_size <= max(run.config.train_crop_size) and run.config.weights is None
+        assert run.config.val_crop_size <= max(run.config.train_crop_size) == 128 and run.config.weights is None
+        assert run.config.epochs == (5 if run.condition == "5 epochs" or study == "race" else 20)
     if study == "leaderboard":
         assert [run.seed for run in found.runs if run.condition == "5 epochs"] == [0, 1, 2, 3, 4]
-    if study == "staged":  # as much arithmetic: 12 of 20 epochs at the last size cost what the stages do
-        costs = {run.condition: run.gflops for run in found.runs}
-        assert costs["fixed, same time"] == pytest.approx(costs["staged"], rel=0.05) == 0.6 * costs["fixed"]
