@@ -219,9 +219,9 @@ class DecodedOnDevice(WorkerSource):
         draws = keys.tolist()
         paths = [self.images.samples[index][0] for _, index, _ in draws]
         decoded = decode_batch(joined.split(lengths.tolist()), paths, self.runtime.device, self.tell)
-        heights, widths = np.array([image.shape[:2] for image in decoded]).T
+        heights, widths = np.array([image.shape[1:] for image in decoded]).T
         starts = np.cumsum(heights * widths) - heights * widths
-        flat = torch.cat([image.reshape(-1, 3) for image in decoded])
+        flat = torch.cat([image.flatten(1) for image in decoded], dim=1).t().contiguous()  # few kernels for all images
         numbers = uniforms(self.seed, draws)
         return augment_whole(flat, starts, heights, widths, targets.numpy(), self.preset, numbers, self.runtime)
 
