@@ -24,12 +24,14 @@ from augment.randaugment import OPERATIONS
 
 
 def crop_tensor(pixels: Tensor, box: Sequence[int], size: int) -> Tensor:
-    """Crop uint8 (H, W, 3) to `box` and resize it with antialiasing: (3, size, size).
+    """Crop uint8 (H, W, 3) to `box` and resize it with antialiasing: (3, size, size), channels last in memory.
 
     box: top, left, height, width
     """
     top, left, height, width = box
     crop = pixels[top : top + height, left : left + width].permute(2, 0, 1)[None]
+    # torch would copy it so too, but then take the result apart into planes, which costs more than the copy.
+    crop = crop.contiguous(memory_format=torch.channels_last)
     return interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
 
 

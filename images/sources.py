@@ -45,7 +45,8 @@ class DrawnImages(Dataset):
 class CroppedImages(Dataset):
     """Batches of images, cropped, resized and flipped as a batch preset draws; the rest is left to the device.
 
-    A batch is uint8 (N, 3, S, S), class numbers (N,), what is left to do (`BatchPreset.choose`).
+    A batch is uint8 (N, 3, S, S), channels last in memory, as crops come; class numbers (N,); and what is left to do
+    (`BatchPreset.choose`).
     """
 
     def __init__(self, images: Images, preset: BatchPreset, seed: int):
@@ -65,7 +66,7 @@ class CroppedImages(Dataset):
             crops = self.from_store(self.images, indices, numbers)
         else:
             crops = (self.from_file(index, numbers[i : i + 1]) for i, index in enumerate(indices))
-        batch = torch.empty(len(draws), 3, size, size, dtype=torch.uint8)
+        batch = torch.empty(len(draws), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
         targets = torch.empty(len(draws), dtype=torch.long)
         flips = self.preset.flips(numbers)
         for i, (crop, target) in enumerate(crops):
