@@ -2,12 +2,15 @@
 # make test        the same environment with what the tests need, and the tests
 # make test-all    those, and the tests of the double of ClearML's server that they lean on
 # make rehearse    the script for half an hour on a GPU, tiny and on the CPU: three minutes
+# make torture     kills, flipped bits, signals and faults, counted: some minutes, or as many as MINUTES says
 # make lint        formatting, lint, types, the order of the floors
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-double test-all rehearse lint clean
+MINUTES ?= 5
+
+.PHONY: demo test test-double test-all rehearse torture lint clean
 
 demo: .venv/run
 	$(BIN)/python train.py --config configs/quickstart.yaml --overwrite
@@ -24,6 +27,9 @@ test-all: test test-double
 rehearse: .venv/dev
 	rm -rf runs/rehearsal
 	$(BIN)/python benchmarks/gpu.py --rehearse --minutes 10 --out runs/rehearsal
+
+torture: .venv/dev
+	$(BIN)/python tests/torture.py --minutes $(MINUTES)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

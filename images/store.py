@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from augment.pixels import to_rgb
 from images.datasets import ImageTree
-from images.workers import closing_loader, ignore_signals
+from images.workers import LOOK_EVERY, Loader, closing_loader, ignore_signals
 from settings.errors import ConfigError
 
 FORMAT = 1
@@ -121,6 +121,14 @@ class StoredImages:
                     np.memmap(self.path, np.uint8, "r", HEADER, shape=(self.header["bytes"],))
                 )
         return self.mapped
+
+    def fault(self) -> str | None:
+        """Say what has become of the file, where that is why a worker died that read it; None: its size is right."""
+        try:
+            read_header(self.path)
+        except (OSError, ValueError):
+            return f"{self.path} was cut short or removed; --resume auto decodes the images anew, and continues"
+        return None
 
     def place_on(self, device: torch.device) -> None:
         """Copy all pixels to `device`, piece by piece."""
@@ -280,10 +288,11 @@ def build(path: str, images: ImageTree, side: int) -> None:
     decoding = Decoding(images, side, temporary)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, len(images) // 100)  # a few images are decoded before a process has started
-    batches = DataLoader(
+    batches = Loader(
         decoding,
         min(32, len(images)),
         num_workers=workers,
+        timeout=LOOK_EVERY if workers else 0,
         persistent_workers=workers > 0,
         collate_fn=list,
         worker_init_fn=ignore_signals,

@@ -1,9 +1,9 @@
 """Where a decode-once store lies, and whether there is room for one."""
 
+import glob
 import math
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -42,7 +42,7 @@ def store_side(config: Config) -> int:
 
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Let only one process at a time build in `folder`.
+    """Let only one process at a time build in `folder`; remove what killed ones have left there.
 
     Where files cannot be locked (some network disks) two runs may build the same file, and the later one replaces the
     other's.
@@ -50,6 +50,8 @@ def locked(folder: str) -> Iterator[None]:
     lock = FileLock(os.path.join(folder, LOCK))
     with suppress(OSError, NotImplementedError):
         lock.acquire()
+        for path in glob.glob(os.path.join(glob.escape(folder), "*.images.*")):  # no one else is building
+            os.remove(path)
     try:
         yield
     finally:
@@ -57,23 +59,18 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def remove_outdated(path: str, images: ImageTree) -> None:
-    """Remove the stores that the one in `path` replaces, and what a killed run has left.
+    """Remove the stores that the one in `path` replaces.
 
-    It replaces stores of the same images and side, made from files that have changed since. An unfinished file counts
-    as left by a killed run when it has not been written to for an hour.
+    It replaces stores of the same images and side, made from files that have changed since.
     """
     folder, name = os.path.split(path)
     start = name.rsplit("-", 1)[0] + "-"
     for other in os.listdir(folder):
-        if other == name or not other.startswith(start):
+        if other == name or not (other.startswith(start) and other.endswith(".images")):
             continue
         place = os.path.join(folder, other)
         with suppress(OSError, ValueError, KeyError):
-            if other.endswith(".images"):
-                outdated = read_header(place)["root"] == origin(images)
-            else:
-                outdated = time.time() - os.path.getmtime(place) > 3600  # no one writes to it any more
-            if outdated:
+            if read_header(place)["root"] == origin(images):
                 os.remove(place)
 
 
