@@ -1,5 +1,6 @@
 """What the command line alone can answer, before torch is imported, which takes seconds."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ def answer(argv: Sequence[str]) -> None:
 
     Neither torch nor the data are looked at.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor is every terminal
     try:
         read_command_line(argv)
         if not os.environ.get("CLEARML_TASK_ID"):  # whose settings come from a server

@@ -12,7 +12,7 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(own_line(type(self), message))
+        super().__init__(printable(own_line(type(self), message)))
 
 
 def own_line(kind: type[Exception], message: str) -> str:
@@ -26,6 +26,22 @@ def own_line(kind: type[Exception], message: str) -> str:
     return message.strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
 
 
+def printable(text: str) -> str:
+    """Write a text on one line that any terminal and log can show.
+
+    File names may hold line breaks, and bytes that are no UTF-8: these become escapes, as in `a\\nb` and `\\xff.jpg`.
+    """
+    if text.isprintable():
+        return text
+
+    def escape(char: str) -> str:
+        if "\udc80" <= char <= "\udcff":  # how Python holds such a byte
+            return f"\\x{ord(char) - 0xDC00:02x}"
+        return char if char.isprintable() else char.encode("unicode_escape").decode()
+
+    return "".join(map(escape, text))
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message; without a message, the name of its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -34,4 +50,4 @@ def first_line(error: Exception) -> str:
 def tell(error: Exception) -> None:
     """Print an error as one line on stderr; with several processes, also say which of them it was."""
     rank = os.environ.get("RANK", "0")
-    print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
+    print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {printable(str(error))}", file=sys.stderr)
