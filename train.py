@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from images.datasets import Data, load_data
+from images.datasets import Data, check_folders, load_data
 from images.loaders import TrainLoader, augment_on, eval_loader, sample_grid, train_loader
 from images.store_place import with_store
 from images.workers import closing_loader
@@ -47,6 +47,7 @@ from reporting.folder import check_folder
 from reporting.log import Dashboard, FolderLog, RunLog
 from reporting.progress import Progress
 from settings.errors import ConfigError, tell
+from settings.resolve import doubts
 from settings.table import Config
 from stages import Plan, StageScheduler, make_plan
 from tracking.deadline import exit_now
@@ -60,11 +61,14 @@ def main(config: Config, dashboard: Dashboard) -> int:
     # Where it runs, what it will do, where it continues: all that can be wrong without looking at data
     runtime = start_runtime(config)
     config = replace(config, augment_on=augment_on(config, runtime))  # written down, so that a resume keeps to it
+    for doubt in doubts(config):
+        runtime.say(f"warning: {doubt}")
     stop = Stop(runtime, config.time_budget)
     dashboard.ask_to_stop = stop.ask
     plan = make_plan(config)
     folder = check_folder(config)
     checkpoint = find_checkpoint(config, runtime, folder.checkpoint)
+    check_folders(config)  # before weights are fetched
     weights = read_weights(config.model, config.weights) if config.weights else None
 
     # Data, model, and what changes with every step
@@ -88,7 +92,7 @@ def main(config: Config, dashboard: Dashboard) -> int:
     samples = {stage.index: sample_grid(make_loader(stage), stage.epochs.start) for stage in ahead}
     log = RunLog()
     if runtime.is_main:
-        log = FolderLog(folder, config, plan, data.classes, samples, state.epoch, dashboard)
+        log = FolderLog(folder, config, plan, data, samples, state.epoch, dashboard)
     runtime.say(str(plan))
     learning_rate = learning_rate_schedule(config)
     val_loader = eval_loader(config, data, runtime, config.val_crop_size)

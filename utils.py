@@ -4,11 +4,11 @@ import copy
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from settings.errors import ConfigError
 from settings.table import Config
 from settings.values import seconds
+
+T = TypeVar("T")
 
 # ---- random numbers by key ----
 
@@ -162,6 +164,48 @@ class Runtime:
         flag = torch.tensor(int(wish))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
         return bool(flag)
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Have rank 0 make a value, and hand it to every process; all must call this at the same point.
+
+        Raises:
+            Exception: what rank 0 has met, in every process.
+        """
+        if self.world_size == 1:
+            return make()
+        box: list[Any] = [self.attempt(make) if self.is_main else None]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return self.unless_failed(box)[0]
+
+    def on_each_machine(self, make: Callable[[], T]) -> T:
+        """Have one process of each machine make a value, and hand it to the others there; all must call this together.
+
+        Raises:
+            Exception: the first that one of them has met, in every process.
+        """
+        if self.world_size == 1:
+            return make()
+        made: list[Any] = [None] * self.world_size
+        dist.all_gather_object(made, self.attempt(make) if self.local_rank == 0 else None, group=self.control)
+        return self.unless_failed(made)[
+            self.rank - self.local_rank
+        ]  # launchers number the processes of a machine in a row
+
+    @staticmethod
+    def attempt(make: Callable[[], Any]) -> Any:
+        """Return what `make` makes, or the error that it raises."""
+        try:
+            return make()
+        except Exception as error:  # the other processes wait for an answer
+            return error
+
+    @staticmethod
+    def unless_failed(made: list[Any]) -> list[Any]:
+        """Raise the first error among the answers of processes; without one return the answers."""
+        for answer in made:
+            if isinstance(answer, Exception):
+                raise answer
+        return made
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -91,12 +91,13 @@ class FolderLog(RunLog):
         folder: RunFolder,
         config: Config,
         plan: Plan,
-        classes: Sequence[str],
+        data: Data,
         samples: Mapping[int, Tensor],
         first_epoch: int,
         dashboard: Dashboard,
     ):
         self.folder, self.config, self.plan, self.dashboard = folder, config, plan, dashboard
+        self.skipped = data.skipped
         self.records: list[dict[str, Any]] = []
         self.report_due = time.monotonic() + REPORT_EVERY
         os.makedirs(folder.path, exist_ok=True)
@@ -110,7 +111,7 @@ class FolderLog(RunLog):
         if config.resume not in ("", "auto"):
             settings["resume"] = config.resume  # where the run started from is part of it
         folder.write_settings(settings)
-        folder.write_plan(plan, classes)
+        folder.write_plan(plan, data.classes)
         for stage, grid in samples.items():
             folder.write_picture(stage, grid)
         dashboard.start(config)
@@ -142,7 +143,7 @@ class FolderLog(RunLog):
     ) -> None:
         last = closing[sizes["test_size"]]["model"]
         self.folder.write_confusion("last", self.config.epochs - 1, last.confusion)
-        summary = summarise(self.config, self.plan, state, learner, sizes, closing, self.records)
+        summary = summarise(self.config, self.plan, state, learner, sizes, closing, self.records, self.skipped)
         self.folder.write_summary(summary)
         self.report()
         self.dashboard.finish()

@@ -12,7 +12,7 @@ from settings.table import DEFAULTS, SETTINGS, show
 from settings.values import LISTS, brief, convert, nearest, parse_text
 
 
-class PlainLoader(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """A YAML loader of the safe types alone, which refuses a key that stands twice: the second would silently win.
 
     Numbers in forms that people do not mean (`010`, which YAML 1.1 reads as 8) stay text.
@@ -34,7 +34,7 @@ class PlainLoader(yaml.SafeLoader):
 
 
 for kind in ("int", "float"):
-    PlainLoader.add_constructor(f"tag:yaml.org,2002:{kind}", PlainLoader.construct_number)
+    UniqueKeys.add_constructor(f"tag:yaml.org,2002:{kind}", UniqueKeys.construct_number)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, PlainLoader)
+            content = yaml.load(file, UniqueKeys)
     except OSError as error:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

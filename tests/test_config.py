@@ -241,7 +241,7 @@ LATE = [  # found when the run starts, still before data is read
     ("--stochastic-depth-prob 0.2", "has no effect: ResNet has no stochastic depth"),
     ("--model vit_b_16 --train-crop-size 128", "cannot take images of 128 px"),
     ("--world-size 4", "4, but 1 process(es) were started"),
-    ("--weights README.md", "is not a file of weights"),
+    ("--weights README.md --dataset digits", "is not a file of weights"),
     ("--data-path nowhere", "no folder nowhere/train"),
     ("--data-path nowhere --dataset imagenette", "holds no imagenette2; --download fetches it"),
     ("--output-dir README.md", "is a file; give a folder"),
