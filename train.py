@@ -60,7 +60,8 @@ def main(config: Config, dashboard: Dashboard) -> int:
     """Carry out the run that `config` describes, from start to end; return the exit status."""
     # Where it runs, what it will do, where it continues: all that can be wrong without looking at data
     runtime = start_runtime(config)
-    config = replace(config, augment_on=augment_on(config, runtime))  # written down, so that a resume keeps to it
+    # What auto comes to here is written down, so that a resume keeps to it, on another machine too.
+    config = replace(config, augment_on=augment_on(config, runtime), amp_dtype=runtime.precision or config.amp_dtype)
     for doubt in doubts(config):
         runtime.say(f"warning: {doubt}")
     stop = Stop(runtime, config.time_budget)
@@ -86,6 +87,8 @@ def main(config: Config, dashboard: Dashboard) -> int:
     ahead = plan.ahead(state.epoch)
     reserved = rehearse(ahead, learner, len(data.train))
     data = with_store(config, data, runtime, reserved)  # decoded once; on the GPU if training leaves it room
+    if config.decode_cache == "auto":
+        config = replace(config, decode_cache=data.store_folder or "off")
     if checkpoint is not None:
         check_store(checkpoint, config, data)
     make_loader = partial(train_loader, config, data, runtime)
@@ -102,7 +105,7 @@ def main(config: Config, dashboard: Dashboard) -> int:
     with stop, StageScheduler(make_loader, learner.copies.values(), ahead) as scheduler, closing_loader(val_loader):
         for stage in ahead:
             loader = scheduler.enter(stage)
-            learner.enter_stage(stage.image_size, loader.batch_sizes)
+            learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes)
             for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):
                 progress = Progress(stage, epoch, config, state.step, len(loader), show=runtime.is_main)
                 finished = train_one_epoch(learner, loader, state, learning_rate, progress, stop)
@@ -148,7 +151,7 @@ def train_one_epoch(
     `state` then holds where the epoch stands, its losses summed over all processes.
 
     Raises:
-        NonFiniteLoss: naming the step; noticed when the loss is next read, after at most print_freq steps.
+        NonFiniteLoss: naming the step; noticed when the loss is next looked at, after at most 2 print_freq steps.
     """
     runtime, ema = learner.runtime, learner.ema
     losses = TrainingLoss(state, runtime, progress.title)

@@ -34,12 +34,14 @@ class Data:
     """Training and validation images, which share `classes`: the names, in the order of their numbers.
 
     store_side: short side of images out of a decode-once store, pixels; None without one
+    store_folder: where that lies
     skipped: of each split, the images left out because they cannot be read: path and fault
     """
 
     train: Images
     val: Images
     store_side: int | None = None
+    store_folder: str | None = None
     skipped: Mapping[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     @property

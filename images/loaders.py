@@ -17,6 +17,7 @@ from torchvision.utils import make_grid
 
 from augment.pixels import denormalise
 from images.datasets import Data, Images
+from images.decode import check_decoder
 from images.order import DrawSampler
 from images.sources import Source, find_source
 from images.workers import make_loader
@@ -58,6 +59,7 @@ class TrainLoader:
     mixes.
 
     epochs: of the stage; after an epoch's last step the workers go on with the first of the next
+    soft_classes: number of classes K, if the stage mixes
     wait_seconds: time the last epoch's loop has spent waiting for images
     when_drained: called once, when the last step of `epochs` has been handed to the workers
     """
@@ -69,11 +71,13 @@ class TrainLoader:
         runtime: Runtime,
         *,
         mix: nn.Module | None = None,
+        soft_classes: int | None = None,
         epochs: range = range(0),
     ):
         self.source = source
         self.sampler = sampler
         self.mix = mix
+        self.soft_classes = soft_classes
         self.runtime = runtime
         self.epochs = epochs
         self.wait_seconds = 0.0
@@ -149,8 +153,9 @@ def train_loader(config: Config, data: Data, runtime: Runtime, stage: "Stage") -
     repeats = config.ra_reps if config.ra_sampler else 1
     sampler = DrawSampler(len(data.train), stage.batch_size, config.seed, runtime.rank, runtime.world_size, repeats)
     mix = batch_mix(stage.mixup_alpha, stage.cutmix_alpha, len(data.classes))
+    soft_classes = None if mix is None else len(data.classes)
     source = find_source(data.train, transform, config.seed, runtime, config.workers, config.decode_on == "device")
-    return TrainLoader(source, sampler, runtime, mix=mix, epochs=stage.epochs)
+    return TrainLoader(source, sampler, runtime, mix=mix, soft_classes=soft_classes, epochs=stage.epochs)
 
 
 def augment_on(config: Config, runtime: Runtime) -> str:
@@ -171,6 +176,8 @@ def augment_on(config: Config, runtime: Runtime) -> str:
         way = "device" if on_cuda and batched and not own_way else "worker"
     if config.decode_on == "device" and not (on_cuda and way == "device" and config.dataset != "digits"):
         raise ConfigError("decode_on device needs image files, a CUDA GPU and augment_on device; leave it out")
+    if config.decode_on == "device":
+        check_decoder(runtime.device)
     return way
 
 

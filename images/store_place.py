@@ -265,5 +265,6 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
         if not runtime.any(opened[0].header["bytes"] > DEVICE_SHARE * free):
             opened[0].place_on(runtime.device)
             place = ", the training images on the GPU"
-    runtime.say(f"images decoded once: {human(total)} in {os.path.dirname(opened[0].path)}{place}")
-    return replace(data, train=opened[0], val=opened[1], store_side=side)
+    folder = os.path.dirname(opened[0].path)
+    runtime.say(f"images decoded once: {human(total)} in {folder}{place}")
+    return replace(data, train=opened[0], val=opened[1], store_side=side, store_folder=folder)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -29,11 +30,29 @@ def open_image(path: str) -> Iterator[Image.Image]:
     if fault is not None:
         raise ValueError(fault)
     with Image.open(path) as image:
-        if image.format == "EPS":  # PIL would start Ghostscript, which runs the program that the file is
-            raise ValueError("it is PostScript")
-        if 0 in image.size:
-            raise ValueError("it has no pixels")
-        yield image
+        yield check_opened(image)
+
+
+def check_opened(image: Image.Image) -> Image.Image:
+    """Return an image that was opened; raise ValueError if it must not be decoded."""
+    if image.format == "EPS":  # PIL would start Ghostscript, which runs the program that the file is
+        raise ValueError("it is PostScript")
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    return image
+
+
+def read_bytes(path: str) -> NDArray[np.uint8]:
+    """Read an image file as it is.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    with naming_damage(path):
+        fault = fault_of(os.stat(path).st_mode)
+        if fault is not None:
+            raise ValueError(fault)
+        return np.fromfile(path, np.uint8)
 
 
 def unreadable(path: str, reason: str) -> ConfigError:

@@ -36,7 +36,8 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str) -> Checkpoint | 
         checkpoint = Checkpoint.load(config.resume)
     state, now = checkpoint.state, config.as_dict()
     then = {name: plain(default) for name, default in DEFAULTS.items()} | checkpoint.config  # newer ones were not set
-    differing = [name for name in now if name not in LAUNCH + PLACE and now[name] != then[name]]
+    # What says auto is of a version that did not write down what it came to.
+    differing = [name for name in now if name not in LAUNCH + PLACE and now[name] != then[name] != "auto"]
     listed = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in differing)
     for name in ("model", "opt"):
         if now[name] != then[name] and not (config.test_only and name == "opt"):

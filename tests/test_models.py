@@ -8,7 +8,7 @@ from torchvision.models import get_model
 from torchvision.ops import StochasticDepth
 
 from learning.cost import gflops_per_image
-from learning.models import available, build_model, check_name, set_dropout, set_stochastic_depth
+from learning.models import Classifier, available, build_model, check_name, set_dropout, set_stochastic_depth
 from learning.weights import find_weights, read_weights
 from settings.errors import ConfigError
 from settings.resolve import resolve
@@ -343,3 +343,20 @@ def test_weights_that_cannot_be_fetched_end_in_one_line(monkeypatch):
     monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", offline)
     with pytest.raises(ConfigError, match="cannot be fetched: no route to host; give a file instead"):
         read_weights("resnet18", "DEFAULT")
+
+
+@pytest.mark.parametrize("name", ["efficientnet_v2_b0", "resnet18", "swin_t"])
+def test_the_classifier_is_evaluated_in_float32_under_autocast(name):
+    model = build_model(name, 10)[0].eval()
+    heads = [module for module in model.modules() if isinstance(module, Classifier)]
+    assert len(heads) == 1
+    inputs = []
+    heads[0].register_forward_pre_hook(lambda module, given: inputs.append(given[0].float()))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(torch.randn(2, 3, 64, 64))
+    assert output.dtype == torch.float32
+    expected = inputs[0] @ heads[0].weight.T.detach() + heads[0].bias.detach()
+    assert torch.allclose(output, expected, atol=1e-5)  # bfloat16 is off by 1e-3
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(torch.randn(2, 3, 64, 64)).dtype == torch.bfloat16
