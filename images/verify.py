@@ -73,8 +73,9 @@ def reason_of(error: Exception) -> str:
     """Say why a file could not be read; what system and PIL say of its name is left out, it is said already."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = " ".join(str(error).split())
-    return text if text and not isinstance(error, Image.UnidentifiedImageError) else type(error).__name__
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is no image of a known format"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
