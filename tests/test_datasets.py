@@ -26,6 +26,12 @@ def folder_with(tmp_path, image, name="x.png"):
     return ImageTree(str(tmp_path))
 
 
+@pytest.fixture(autouse=True)
+def own_hub(tmp_path, monkeypatch):
+    """What was found out about images is kept in a folder of the test."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
 # ---- images of every mode ----
 
 
@@ -224,9 +230,8 @@ def test_postscript_by_the_name_of_a_jpeg_is_not_run(tree):
 
 
 @pytest.fixture
-def dirty(tree, tmp_path, monkeypatch):
+def dirty(tree):
     """A tree with three training images and a validation image that cannot be read."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     whole = (tree / "train" / "ant" / "5.png").read_bytes()
     (tree / "train" / "ant" / "5.png").write_bytes(whole[: len(whole) // 2])
     (tree / "train" / "bee" / "0.png").write_bytes(b"")
@@ -354,9 +359,8 @@ def test_an_image_file_that_claims_to_be_huge_is_named(tmp_path):
 
 
 @pytest.fixture
-def kept(tree, tmp_path, monkeypatch):
+def kept(tree, monkeypatch):
     """The training folder of a tree with its list kept, its folders last changed an hour ago."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     root = tree / "train"
     in_an_hour = time.time_ns() + 3600 * 10**9
     monkeypatch.setattr(listing.time, "time_ns", lambda: in_an_hour)
@@ -409,9 +413,8 @@ def test_a_new_file_in_a_linked_class_folder_is_seen(tree, tmp_path, monkeypatch
     assert len(ImageTree(str(tree / "train"), keep_list=True)) == 25
 
 
-def test_a_file_added_while_the_folder_is_listed_is_seen_the_next_time(tree, monkeypatch, tmp_path):
+def test_a_file_added_while_the_folder_is_listed_is_seen_the_next_time(tree, monkeypatch):
     """Also if the disk's clock gives both changes of the folder the same time: so near to one, nothing is kept."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     walk = listing.walk
 
     def slow(root, name, *rest):
