@@ -1,12 +1,13 @@
 # make demo        a virtual environment, and the quickstart: four stages on handwritten digits, on any CPU
 # make test        the same environment with what the tests need, and the tests
 # make test-all    those, and the tests of the double of ClearML's server that they lean on
+# make rehearse    the script for half an hour on a GPU, tiny and on the CPU: three minutes
 # make lint        formatting, lint, types, the order of the floors
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-double test-all lint clean
+.PHONY: demo test test-double test-all rehearse lint clean
 
 demo: .venv/run
 	$(BIN)/python train.py --config configs/quickstart.yaml --overwrite
@@ -19,6 +20,10 @@ test-double: .venv/dev
 	$(BIN)/python .ci/double.py > tests/data/double.sha256
 
 test-all: test test-double
+
+rehearse: .venv/dev
+	rm -rf runs/rehearsal
+	$(BIN)/python benchmarks/gpu.py --rehearse --minutes 10 --out runs/rehearsal
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -33,20 +33,31 @@ def crop_tensor(pixels: Tensor, box: Sequence[int], size: int) -> Tensor:
     return interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
 
 
-def triangle_weights(lengths: Tensor, size: int, longest: int, reverse: Tensor | None = None) -> Tensor:
+def triangle_weights(
+    lengths: Tensor, size: int, longest: int, reverse: Tensor | None = None, window: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Build the matrices (N, size, longest) that resize along one axis, bilinearly and with antialiasing.
 
     Row i of matrix n holds the shares of the first `lengths[n]` pixels in output pixel i; in output pixel
     size - 1 - i where `reverse` is True.
+
+    window: the lengths to resize to, (N,), and which of the resized pixels is output pixel 0, (N,); output pixels before
+        and after all of them are black. Without it, all are resized to `size`.
     """
-    scale = (lengths / size)[:, None, None]
     place = torch.arange(size, device=lengths.device).expand(len(lengths), size)
     if reverse is not None:
         place = torch.where(reverse[:, None], size - 1 - place, place)
+    resized: Tensor | int = size
+    if window is not None:
+        resized, place = window[0], place + window[1][:, None]
+    scale = (lengths / resized)[:, None, None]
     pixel = torch.arange(longest, device=lengths.device)
     away = (pixel + 0.5 - (place[:, :, None] + 0.5) * scale).abs() / scale.clamp(min=1)
     weights = (1 - away).clamp(min=0) * (pixel < lengths[:, None, None])
-    return weights / weights.sum(dim=2, keepdim=True)
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    if window is None:
+        return weights
+    return torch.where(((place >= 0) & (place < window[0][:, None]))[:, :, None], weights, 0.0)
 
 
 CHUNK = 2**24  # pixels gathered at a time: with their indices about 0.3 GiB of device memory
@@ -61,28 +72,44 @@ def crop_rows(starts: NDArray, strides: NDArray, boxes: Boxes, flips: NDArray[np
     return np.column_stack([starts, strides, boxes, flips]).astype(np.int64)
 
 
+def window_rows(heights: NDArray, widths: NDArray, resize_size: int, crop_size: int) -> NDArray[np.int64]:
+    """Compute how images are resized and cropped for evaluation, as `presets.eval_preset` does: (N, 4).
+
+    They are the resized height and width, of which the short side is `resize_size`, then the first row and the first
+    column of the central crop; below 0 where the crop is larger than the image, which has a black margin then.
+    """
+    sides = np.stack([heights, widths], axis=1)
+    short = sides.min(axis=1, keepdims=True)
+    resized = np.where(sides == short, resize_size, (resize_size * sides / short).astype(np.int64))
+    room = resized - crop_size
+    first = np.where(room >= 0, np.rint(room / 2).astype(np.int64), -(-room // 2))
+    return np.concatenate([resized, first], axis=1)
+
+
 def crop_batch(flat: Tensor, rows: Tensor, extent: Sequence[int], size: int) -> Tensor:
     """Crop many images at once, resize them with antialiasing and flip them: uint8 (N, 3, size, size).
 
     Resizing is linear along each axis, so a crop is two matrix products. On CUDA they are products of float16 that
     add up in float32; that is precise to one grey level.
 
-    flat: (P, 3) uint8, pixels of all images in rows; rows: (N, 7) of `crop_rows`, on the same device
+    flat: (P, 3) uint8, pixels of all images in rows
+    rows: (N, 7) of `crop_rows`, or with the columns of `window_rows` after them (N, 11), on the same device
     extent: height and width of the largest box in each direction, known to the host
     """
     half = torch.float16 if flat.is_cuda else torch.float32
     tallest, widest = (-(-side // ALIGNED) * ALIGNED for side in extent)
     parts = []
     for part in rows.chunk(max(1, min(len(rows), math.ceil(len(rows) * tallest * widest / CHUNK)))):
-        start, stride, top, left, height, width, flip = part.unbind(1)
+        start, stride, top, left, height, width, flip, *windows = part.unbind(1)
         # Beyond an image's own box the index stays inside, and the weight is 0.
         row = torch.arange(tallest, device=flat.device).minimum(height[:, None] - 1)
         column = torch.arange(widest, device=flat.device).minimum(width[:, None] - 1)
         row_start = (start + left)[:, None] + (top[:, None] + row) * stride[:, None]
         index = (row_start[:, :, None] + column[:, None, :]).flatten()
         pixels = flat.index_select(0, index).view(-1, tallest, widest * 3).to(half)
-        vertical = pad(triangle_weights(height, size, tallest).to(half), (0, 0, 0, -size % 8))
-        horizontal = triangle_weights(width, size, widest, flip.bool()).to(half)
+        down, across = ((windows[0], windows[2]), (windows[1], windows[3])) if windows else (None, None)
+        vertical = pad(triangle_weights(height, size, tallest, None, down).to(half), (0, 0, 0, -size % 8))
+        horizontal = triangle_weights(width, size, widest, flip.bool(), across).to(half)
         lines = torch.bmm(vertical, pixels).view(-1, size + -size % 8, widest, 3)
         lines = lines.transpose(1, 2).reshape(len(part), widest, -1)
         crops = torch.bmm(horizontal, lines).view(len(part), size, -1, 3)[:, :, :size]  # N, x, y, channel

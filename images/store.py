@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from images.datasets import ImageTree
-from settings.errors import ConfigError
+from settings.errors import RunError
 
 try:
     import fcntl
@@ -99,28 +99,32 @@ class StoredImages:
         """All pixels of the file, uint8 (bytes,), mapped into memory.
 
         Raises:
-            ConfigError: the file was cut short while it was used; the system would end a process that reads on.
+            RunError: the file was cut short while it was used; the system would end a process that reads on.
         """
         if self.mapped is None:
             self.mapped = self.map()
-        assert self.file is not None
-        if os.fstat(self.file.fileno()).st_size < HEADER + self.header["bytes"]:  # takes half a microsecond
-            raise ConfigError(f"decode cache {self.path} was cut short while it was used; --resume auto makes it anew")
+        if fault := self.fault():
+            raise RunError(fault)
         return self.mapped
+
+    def fault(self) -> str | None:
+        """Tell what has happened to the file since it was opened; None if it is as long as it was."""
+        assert self.file is not None
+        if os.fstat(self.file.fileno()).st_size >= HEADER + self.header["bytes"]:  # takes half a microsecond
+            return None
+        return f"decode cache {self.path} was cut short while it was used; --resume auto makes it anew"
 
     def map(self) -> Tensor:
         """Map the pixels of the file into memory; in a worker that is not forked, open it first.
 
         Raises:
-            ConfigError: another file is there now, or none.
+            RunError: another file is there now, or none.
         """
         if self.file is None:
             with suppress(OSError):
                 self.file = open(self.place, "rb", buffering=0)  # noqa: SIM115, as long as this is there
             if self.file is None or identity(self.file) != self.identity:
-                raise ConfigError(
-                    f"decode cache {self.path} was removed while it was used; --resume auto makes it anew"
-                )
+                raise RunError(f"decode cache {self.path} was removed while it was used; --resume auto makes it anew")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it is read-only
             return torch.from_numpy(np.memmap(self.file, np.uint8, "r", HEADER, shape=(self.header["bytes"],)))

@@ -260,11 +260,14 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
     opened = [StoredImages(path, images) for path, images in zip(found, sets)]
     total = sum(stored.header["bytes"] for stored in opened)
     place = ""
-    if runtime.device.type == "cuda":
-        free = torch.cuda.mem_get_info(runtime.device)[0] - reserved
-        if not runtime.any(opened[0].header["bytes"] > DEVICE_SHARE * free):
-            opened[0].place_on(runtime.device)
-            place = ", the training images on the GPU"
+    if runtime.device.type == "cuda" and config.augment_on != "worker":
+        room = DEVICE_SHARE * (torch.cuda.mem_get_info(runtime.device)[0] - reserved)
+        for stored, place_too in zip(opened, (", the training images on the GPU", ", all on the GPU")):
+            room -= stored.header["bytes"]
+            if runtime.any(room < 0):
+                break
+            stored.place_on(runtime.device)
+            place = place_too
     folder = os.path.dirname(opened[0].path)
     runtime.say(f"images decoded once: {human(total)} in {folder}{place}")
     return replace(data, train=opened[0], val=opened[1], store_side=side, store_folder=folder)

@@ -139,10 +139,10 @@ class Learner:
     def checkpoint(self, state: RunState, config: Config, data: Data) -> Checkpoint:
         """Gather everything that a resume needs, copied to the CPU."""
         parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.runtime.scaler}
-        average = {} if self.ema is None else {"model_ema": to_cpu(self.ema.module.state_dict())}
+        if self.ema is not None:
+            parts["model_ema"] = self.ema.module
         return Checkpoint(
-            **{name: to_cpu(part.state_dict()) for name, part in parts.items()},
-            **average,
+            **to_cpu({name: part.state_dict() for name, part in parts.items()}),
             ema_updates=0 if self.ema is None else self.ema.num_updates,
             state=replace(state),
             world_size=self.runtime.world_size,
@@ -152,8 +152,10 @@ class Learner:
             store_side=data.store_side,
         )
 
-    def restore(self, checkpoint: Checkpoint) -> RunState:
+    def restore(self, checkpoint: Checkpoint, to_train: bool = True) -> RunState:
         """Restore what `checkpoint` holds; return how far its run was.
+
+        to_train: False leaves out optimizer and scaler
 
         Raises:
             ConfigError: it has other weights or parameter groups.
@@ -165,10 +167,11 @@ class Learner:
         groups = [theirs | ours for theirs, ours in zip(saved, own)] if len(saved) == len(own) else saved
         try:
             self.model.load_state_dict(checkpoint.model)
-            self.optimizer.load_state_dict(checkpoint.optimizer | {"param_groups": groups})
+            if to_train:
+                self.optimizer.load_state_dict(checkpoint.optimizer | {"param_groups": groups})
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"resume: the checkpoint does not fit these settings: {first_line(error)}") from error
-        if checkpoint.scaler:
+        if checkpoint.scaler and to_train:
             self.runtime.scaler.load_state_dict(checkpoint.scaler)
         if self.ema is not None:
             # A run that takes up EMA only now starts its average from the weights it has.

@@ -194,13 +194,13 @@ def build_model(
     return model, loaded
 
 
-def build_on_meta(name: str) -> nn.Module:
-    """Build the model for 1,000 classes as shapes alone, which takes no memory and no time for weights."""
+def build_on_meta(name: str, num_classes: int = 1000) -> nn.Module:
+    """Build the model as shapes alone, which takes no memory and no time for weights."""
     try:
         with torch.device("meta"):
-            return build_model(name, 1000)[0]
+            return build_model(name, num_classes)[0]
     except NotImplementedError:  # RegNet looks at numbers while it is built
-        return build_model(name, 1000)[0].to("meta")
+        return build_model(name, num_classes)[0].to("meta")
 
 
 def shrink_head(model: EfficientNet, num_classes: int) -> None:

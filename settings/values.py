@@ -48,6 +48,24 @@ def check_text(name: str, value: str, where: str) -> None:
         raise ConfigError(f"{where}{name} must be at most 4000 bytes long, 255 between two slashes, got {brief(value)}")
 
 
+def every(period: str) -> tuple[int | None, float | None]:
+    """Convert how often something is done, epochs (`5e`, `5`) or a time (`90s`, `25m`, `1.5h`), to epochs and seconds.
+
+    One of the two is None.
+
+    Raises:
+        ConfigError: anything else, and 0.
+    """
+    epochs = re.fullmatch(r"([1-9]\d{0,8})e?", period.strip(), re.ASCII)
+    if epochs:
+        return int(epochs[1]), None
+    if not re.fullmatch(r"\d{1,9}(\.\d+)?[smh]", period.strip(), re.ASCII) or float(period.strip()[:-1]) == 0:
+        raise ConfigError(
+            f"checkpoint_every must be epochs such as 5e, or a time such as 90s, 25m or 1.5h, got {brief(period)}"
+        )
+    return None, seconds(period)
+
+
 def convert(name: str, value: Any, where: str = "") -> Any:
     """Convert `value`, as YAML or the command line gave it, to the type of setting `name`.
 
@@ -83,8 +101,12 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
             raise wrong
         return value
     if kind == "str":
-        if name == "time_budget" and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)  # seconds, which YAML reads as a number
+        if (
+            name in ("time_budget", "checkpoint_every")
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+        ):
+            value = str(value)  # seconds or epochs, which YAML reads as a number
         if not isinstance(value, str):
             raise wrong
         check_text(name, value, where)
@@ -109,6 +131,8 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
         raise ConfigError(f"{where}{name} must be {describe(row)} of usual size, got {brief(value)}")
     if value != value or (kind == "int" and value != int(value)):
         raise wrong
+    if row["scheduled"] and row["scheduled"].whole and value != int(value):
+        raise ConfigError(f"{where}{name} must be whole numbers, got {value:g}")
     if not within(value, row["interval"]):
         raise ConfigError(f"{where}{name} must be in {row['interval']}, got {value:g}")
     return int(value) if kind == "int" else float(value)

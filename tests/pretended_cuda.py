@@ -14,7 +14,7 @@ the process.
 """
 
 import torch
-from pretended_streams import Stream, asker, in_order, notes, under_way, wait_for
+from pretended_streams import Stream, asker, in_order, notes, place, under_way, wait_for
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -71,7 +71,9 @@ class OnDevice(Tensor):
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:
-            copy = OnDevice(self.inner.detach().clone()).requires_grad_(self.requires_grad)
+            inner = self.inner.clone()
+            in_order("deepcopy", [self.inner], [], [inner])
+            copy = OnDevice(inner).requires_grad_(self.requires_grad)
             if isinstance(self, torch.nn.Parameter):
                 copy._is_param = True
             memo[id(self)] = copy
@@ -202,10 +204,14 @@ def compute(operation, args, kwargs):
             raise NotImplementedError(f"{name} changes the shape of a tensor in place")
     if name in READS and not isinstance(result, Tensor | tuple):
         return result
-    if not operation.is_view and name not in NO_KERNEL:
+    made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    held = {place(leaf.inner) for leaf in on_device}
+    if operation.is_view and all(place(leaf) in held for leaf in made):  # reshape, say, may also copy
+        pass
+    elif name in NO_KERNEL:
+        in_order(name, [], [], made)
+    else:
         launched(name, on_device, operation, inner_args, inner_kwargs, result)
-    elif not operation.is_view:
-        in_order(name, [], [], [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
     known = {id(leaf.inner): leaf for leaf in on_device}
     return tree_map(
         lambda leaf: (known[id(leaf)] if id(leaf) in known else OnDevice(leaf)) if isinstance(leaf, Tensor) else leaf,
@@ -237,6 +243,10 @@ class Device(TorchDispatchMode):
         kwargs = kwargs or {}
         if is_cuda(kwargs.get("device")) or any(isinstance(leaf, OnDevice) for leaf in tree_leaves((args, kwargs))):
             return compute(operation, args, kwargs)
+        if kwargs.get("pin_memory"):
+            result = operation(*args, **kwargs | {"pin_memory": False})
+            result.pretended_pinned = True
+            return result
         if backwards.depth and operation._schema.name.removeprefix("aten::") in FACTORIES:
             return compute(operation, args, kwargs | {"device": CUDA})  # autograd's formulas ask C++ for the device
         return operation(*args, **kwargs)

@@ -22,9 +22,13 @@ from augment.at_once import augment_at_once
 from augment.batch import draw_groups, to_device
 from augment.draws import uniforms
 from augment.pixels import IMAGENET_STD
+from images.datasets import load_data
+from images.evaluation import EvalOnDevice
 from images.loaders import TrainLoader
 from images.sources import augment_whole
+from images.store_place import with_store
 from presets import BatchPreset
+from settings.resolve import resolve
 from utils import Runtime
 
 COMMON = (
@@ -60,6 +64,25 @@ def crop_and_finish(flat, place, draws, runtime):
     return counted(lambda: augment_whole(flat, *place, BatchPreset(image_size=40), draws, runtime))
 
 
+def evaluated(tree, folder):
+    """A batch of validation images sent out of the store and resized, beside the CPU's."""
+    config = resolve(["--data-path", str(tree), "--decode-cache", str(folder / "store"), "--train-crop-size", "40"])
+    how = dict(crop_size=32, resize_size=36, batch_size=10)
+    on_cpu, there = Runtime(device=torch.device("cpu")), Runtime(device=CUDA)
+    images = with_store(config, load_data(config, on_cpu), on_cpu).val
+    ((expected, classes),) = EvalOnDevice(images, on_cpu, **how)
+    found = counted(lambda: next(iter(EvalOnDevice(images, there, **how))))
+    ours, targets = found.pop("result")
+    return found | {
+        "grey levels off": grey_levels(ours.cpu() - expected),
+        "same classes": torch.equal(targets.cpu(), classes),
+    }
+
+
+def grey_levels(difference):
+    return float((difference * torch.tensor(IMAGENET_STD).view(3, 1, 1)).abs().max() * 255)
+
+
 def parts():
     """Augmentation of a batch: its cost, and its numbers beside the CPU's."""
     preset = BatchPreset(image_size=40, ra_magnitude=9.0, random_erase=0.25)
@@ -76,9 +99,7 @@ def parts():
     runtimes = [Runtime(device=torch.device(device), memory_format=torch.channels_last) for device in ("cpu", "cuda:0")]
     here, ours = (crop_and_finish(flat.to(runtime.device), place, draws, runtime) for runtime in runtimes)
     (expected, classes), (images, targets) = here.pop("result"), ours.pop("result")
-    ours["grey levels off"] = float(
-        ((images.cpu() - expected) * torch.tensor(IMAGENET_STD).view(3, 1, 1)).abs().max() * 255
-    )
+    ours["grey levels off"] = grey_levels(images.cpu() - expected)
     ours |= {"same classes": torch.equal(targets.cpu(), classes), "channels last": images.inner.stride()[1] == 1}
     finished.pop("result")
     return {"finish": finished, "crop and finish": ours}
@@ -156,7 +177,7 @@ def main(folder):
     on_cpu = [*flags["workers"], "--device", "cpu"]
     found = {"cpu": whole(folder / "cpu", tree, on_cpu)}
     with install():
-        found |= {"judged": judged()} | parts()
+        found |= {"judged": judged(), "evaluation": evaluated(tree, folder)} | parts()
         for name in FORMS:
             found[name] = whole(folder / name, tree, flags[name])
         resume = ["--resume", folder / "cpu" / "checkpoint_previous.pth"]

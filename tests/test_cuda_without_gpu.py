@@ -48,6 +48,12 @@ def test_a_batch_out_of_the_store_takes_one_copy_to_the_device(found):
     assert whole["grey levels off"] < 1.01 and whole["same classes"] and whole["channels last"]
 
 
+def test_a_batch_for_evaluation_takes_two_copies_its_pixels_and_where_they_are(found):
+    batch = found["evaluation"]
+    assert batch["waits"] == [] and len(batch["copies"]) == 2
+    assert batch["grey levels off"] < 1.01 and batch["same classes"]
+
+
 @pytest.mark.parametrize("form", [*FORMS, "cpu to cuda"])
 def test_a_run_ends_well(found, form):
     assert found[form]["status"] == 0 and all(0 < loss < 5 for loss in found[form]["losses"])

@@ -19,7 +19,7 @@ from images.datasets import Data, Digits, ImageTree, load_data
 from images.store import StoredImages, checksum
 from images.store_build import stored_size
 from images.store_place import available_memory, store_side, with_store
-from settings.errors import ConfigError
+from settings.errors import ConfigError, RunError
 from settings.resolve import resolve
 from train import run
 from utils import Runtime
@@ -484,7 +484,7 @@ def test_where_handles_have_no_names_a_store_that_is_gone_is_one_line(tree, monk
     os.rename(images.path, images.path + ".before")  # keeps its number from being given to the new one
     if change == "replaced":
         Path(images.path).write_bytes(bytes(10_000_000))
-    with pytest.raises(ConfigError, match="was removed while it was used; --resume auto makes it anew"):
+    with pytest.raises(RunError, match="was removed while it was used; --resume auto makes it anew"):
         other.pixels(0)
 
 
@@ -492,7 +492,7 @@ def test_a_store_cut_short_while_it_is_used_is_one_line(tree):
     """The system would end the process that reads what is no longer there."""
     images = stored(tree).train
     os.truncate(images.path, store.HEADER + images.header["bytes"] - 1)
-    with pytest.raises(ConfigError, match=r"train-32-.* was cut short while it was used; --resume auto makes it anew"):
+    with pytest.raises(RunError, match=r"train-32-.* was cut short while it was used; --resume auto makes it anew"):
         images.pixels(0)
     assert stored(tree).train.pixels(0).shape == (32, 40, 3)
 
