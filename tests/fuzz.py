@@ -1,6 +1,6 @@
 """Settings and files that no one would think of, from hypothesis: each is taken or refused in one line.
 
-    python tests/fuzz.py --settings 100000 --files 2000     # an hour; counts into results/reliability_data.json
+    python tests/fuzz.py --settings 100000 --files 2000     # a quarter of an hour; counts into results/reliability_data.json
 
 `test_fuzz.py` runs a few hundred of them. Every example is judged: a settings file that is taken must be written down
 and read back the same; a damaged store or kept list must be refused or hold what it held; an image must be decoded, by
