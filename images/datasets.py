@@ -78,24 +78,35 @@ class ImageTree:
         found = (read_list(root) if keep_list else None) or scan(root)
         if keep_list:
             write_list(root, found)
+        if only is not None:
+            found = keep_listed(found, only)
         if found.bad and not skip:
             raise unreadable(*found.bad[0])
-        self.samples = found.files if only is None else keep_listed(found.files, only)
-        self.skipped = found.bad
-        if skip:
-            self.leave_out(dict(find_bad(self.samples, f"looking at {os.path.basename(root)}")))
         self.root, self.only = root, only
         self.classes = [WORDNET_NAMES.get(folder, folder) for folder in found.classes]
-        missing = set(range(len(self.classes))) - set(self.samples.targets.tolist())
-        if self.skipped and missing:
-            raise ConfigError(
-                f"{root}: no image of class {self.classes[min(missing)]} can be read, first {': '.join(self.skipped[0])}"
-            )
+        self.samples, self.skipped = found.files, found.bad
+        if skip:
+            self.leave_out_bad(found.numbers_of_bad())
 
-    def leave_out(self, bad: Mapping[int, str]) -> None:
-        """Leave out the images of these numbers, whose faults are given."""
-        self.skipped = self.skipped + [(self.samples[index][0], fault) for index, fault in bad.items()]
-        self.samples = self.samples.choose(np.setdiff1d(np.arange(len(self.samples)), list(bad)))
+    def leave_out_bad(self, numbers: set[int]) -> None:
+        """Look at all images, and leave out what cannot be read.
+
+        numbers: class numbers of those that the list of files lacks already
+
+        Raises:
+            ConfigError: a class has no others.
+        """
+        files = self.samples
+        bad = dict(find_bad(files, f"looking at {os.path.basename(self.root)}"))
+        self.skipped = self.skipped + [(files[index][0], fault) for index, fault in bad.items()]
+        if bad:
+            self.samples = files.choose(np.setdiff1d(np.arange(len(files)), list(bad)))
+        lost = (numbers | set(files.targets[list(bad)].tolist())) - set(np.unique(self.samples.targets).tolist())
+        if lost:
+            name, first = self.classes[min(lost)], ": ".join(self.skipped[0])
+            raise ConfigError(
+                f"{self.root}: no image of class {name} can be read; of those left out the first is {first}"
+            )
 
     def __len__(self) -> int:
         return len(self.samples)

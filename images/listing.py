@@ -8,7 +8,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,10 @@ class Found:
     folders: list[tuple[str, int, int]]
     bad: list[tuple[str, str]]
 
+    def numbers_of_bad(self) -> set[int]:
+        """Find the class numbers of what is called as an image and is none."""
+        return {self.classes.index(os.path.relpath(path, self.files.root).split(os.sep)[0]) for path, _ in self.bad}
+
 
 def scan(root: str) -> Found:
     """List the images of a folder that holds one folder per class, at any depth below it, links followed.
@@ -122,13 +126,13 @@ def scan(root: str) -> Found:
         targets.append(np.full(count, number))
         if not count:
             empty.append(name)
-    bad_in = {os.path.relpath(path, root).split(os.sep)[0] for path, _ in bad}
-    if empty := [name for name in empty if name not in bad_in]:
+    found = Found(FileList.of(root, names, np.concatenate(targets)), classes, folders, bad)
+    if empty := [name for name in empty if classes.index(name) not in found.numbers_of_bad()]:
         raise ConfigError(
             f"{root}: no images in class folder(s) {', '.join(empty[:5])}; fill or remove them (files that end in "
             f"{', '.join(IMG_EXTENSIONS)})"
         )
-    return Found(FileList.of(root, names, np.concatenate(targets)), classes, folders, bad)
+    return found
 
 
 Inside = dict[str, tuple[Entry, ...]]  # folders in a folder, and what all of them lie in
@@ -200,7 +204,7 @@ def fault_of(mode: int) -> str | None:
     return f"it is a {kinds.get(stat.S_IFMT(mode), 'device')}, not a file"
 
 
-def keep_listed(files: FileList, path: str) -> FileList:
+def keep_listed(found: Found, path: str) -> Found:
     """Choose the images that a text file lists: one path below the root a line, with "/" between folders.
 
     They stay in the order of the folder, so that a list's own order means nothing. Empty lines and lines that begin
@@ -215,12 +219,15 @@ def keep_listed(files: FileList, path: str) -> FileList:
     except OSError as error:
         raise ConfigError(f"cannot read the list of images {path}: {error.strerror}") from error
     names = {line for line in lines if line and not line.startswith(b"#")}
+    files = found.files
     kept = [i for i in range(len(files)) if files.name(i) in names]
-    if len(kept) < len(names) or not names:
-        missing = names - {files.name(i) for i in kept}
+    bad = {os.fsencode(os.path.relpath(place, files.root)): (place, fault) for place, fault in found.bad}
+    missing = names - {files.name(i) for i in kept} - bad.keys()
+    if missing or not names:
         example = f", such as {os.fsdecode(min(missing))[:300]}" if missing else ""
         raise ConfigError(f"{path} lists {len(names)} images, {len(missing)} of them not in {files.root}{example}")
-    return files.choose(np.array(kept))
+    chosen = files.choose(np.array(kept, np.int64))
+    return replace(found, files=chosen, bad=[row for name, row in bad.items() if name in names])
 
 
 # ---- kept for the next start ----

@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # as pytest does, when this is started by itself
 
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
-from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -172,20 +173,20 @@ def judged(counts, path=None):
         counts["refused"] += 1
 
 
-def repeat(count, *strategies):
-    """Call a function with `count` examples. The same ones each time; what fails is shown, not made smaller first."""
+def repeat(count, number, *strategies):
+    """Call a function with `count` examples, which follow from `number`; what fails is shown, not made smaller first."""
 
     def decorate(function):
         quiet = settings(
-            max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+            max_examples=count, deadline=None, database=None, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
-        quiet(given(*strategies)(function))()
+        quiet(seed(number)(given(*strategies)(function)))()
 
     return decorate
 
 
-def fuzz_settings(count):
+def fuzz_settings(count, number=0):
     """YAML files and command lines, alone and together."""
     counts = Counter()
     build_parser, sources.build_parser = sources.build_parser, functools.cache(sources.build_parser)
@@ -193,7 +194,7 @@ def fuzz_settings(count):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "mine.yaml"
 
-            @repeat(count, FILES, FLAGS, st.sampled_from(["file", "flags", "both"]))
+            @repeat(count, number, FILES, FLAGS, st.sampled_from(["file", "flags", "both"]))
             def _(content, flags, which):
                 path.write_bytes(content)
                 argv = ["--config", str(path)] if which != "flags" else []
@@ -204,7 +205,7 @@ def fuzz_settings(count):
     return counts
 
 
-def fuzz_images(count):
+def fuzz_images(count, number=0):
     """Image files of every format, damaged."""
     counts, files = Counter(), pictures()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -216,7 +217,7 @@ def fuzz_images(count):
             path.write_bytes(content)
             trees[name] = path, ImageTree(str(path.parent.parent))
 
-        @repeat(count, st.sampled_from(sorted(files)), CUTS)
+        @repeat(count, number, st.sampled_from(sorted(files)), CUTS)
         def _(name, cuts):
             path, tree = trees[name]
             path.write_bytes(damage(files[name], cuts))
@@ -226,7 +227,7 @@ def fuzz_images(count):
     return counts
 
 
-def fuzz_stores(count):
+def fuzz_stores(count, number=0):
     """Store files, damaged: refused, or every pixel and class is what it was."""
     counts = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -241,7 +242,7 @@ def fuzz_stores(count):
         expected = [whole.pixels(i).clone() for i in range(len(tree))]
         spaces = content[:HEADER].rstrip()
 
-        @repeat(count, CUTS)
+        @repeat(count, number, CUTS)
         def _(cuts):
             damaged = damage(content, cuts)
             path.unlink()  # another file: the one above stays mapped
@@ -259,7 +260,7 @@ def fuzz_stores(count):
     return counts
 
 
-def fuzz_lists(count):
+def fuzz_lists(count, number=0):
     """Kept lists of files, damaged: listed anew, or the same list."""
     counts = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -274,7 +275,7 @@ def fuzz_lists(count):
             listing.write_list(root, found)
             content = Path(listing.list_path(root)).read_bytes()
 
-            @repeat(count, CUTS)
+            @repeat(count, number, CUTS)
             def _(cuts):
                 Path(listing.list_path(root)).write_bytes(damage(content, cuts))
                 again = listing.read_list(root)
@@ -289,25 +290,28 @@ KINDS = {"settings": fuzz_settings, "images": fuzz_images, "stores": fuzz_stores
 
 
 def main():
-    """Run them all, and write a row for each: what, how many, and how they ended."""
+    """Run them all, shared among processes, and write a row for each: what, how many, and how they ended."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--settings", type=int, default=100_000, help="files and command lines")
     parser.add_argument("--files", type=int, default=2000, help="damaged images; as many stores, and lists")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; each has examples of its own")
     parser.add_argument("--out", default=str(ROOT / "results" / "reliability_data.json"))
     options = parser.parse_args()
     rows = []
-    for kind, fuzz in KINDS.items():
-        started = time.monotonic()
-        counts = fuzz(options.settings if kind == "settings" else options.files)
-        rows.append({
-            "what": f"fuzzed {kind}",
-            "command": f"python tests/fuzz.py --settings {options.settings} --files {options.files}",
-            "examples": counts.total(), "taken": counts["taken"], "refused in one line": counts["refused"],
-            "tracebacks": 0, "taken and wrong": 0,  # the first of either ends the program
-            "seconds": round(time.monotonic() - started), "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        })  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for kind, fuzz in KINDS.items():
+            started = time.monotonic()
+            count = (options.settings if kind == "settings" else options.files) // options.jobs
+            counts = sum(pool.map(fuzz, [count] * options.jobs, range(options.jobs)), Counter())
+            rows.append({
+                "what": f"fuzzed {kind}",
+                "command": f"python tests/fuzz.py --settings {options.settings} --files {options.files} --jobs {options.jobs}",
+                "examples": counts.total(), "taken": counts["taken"], "refused in one line": counts["refused"],
+                "tracebacks": 0, "taken and wrong": 0,  # the first of either ends the program
+                "seconds": round(time.monotonic() - started), "python": platform.python_version(),
+                "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
     Path(options.out).write_text(json.dumps(rows, indent=2) + "\n")
 
 

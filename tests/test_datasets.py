@@ -285,8 +285,24 @@ def test_a_class_whose_images_are_all_bad_is_an_error(dirty):
     for path in (dirty / "train" / "bee").iterdir():
         path.unlink()
         path.write_bytes(b"no")
-    with pytest.raises(ConfigError, match=r"train: no image of class bee can be read, first .*: "):
+    with pytest.raises(
+        ConfigError, match=r"train: no image of class bee can be read; of those left out the first is /.*: "
+    ):
         ImageTree(str(dirty / "train"), skip=True)
+
+
+def test_a_list_of_images_decides_what_is_looked_at(dirty, tmp_path):
+    listed = tmp_path / "listed.txt"
+    listed.write_text("ant/1.png\nant/2.png\n")  # none of class bee, as one may wish
+    assert len(ImageTree(str(dirty / "train"), only=str(listed))) == 2
+    listed.write_text("ant/1.png\nant/5.png\nbee/pipe.jpg\nbee/1.png\n")
+    with pytest.raises(ConfigError, match=r"bee/pipe\.jpg cannot be read as an image: it is a FIFO"):
+        ImageTree(str(dirty / "train"), only=str(listed))
+    images = ImageTree(str(dirty / "train"), only=str(listed), skip=True)
+    assert len(images) == 2 and {os.path.basename(path) for path, _ in images.skipped} == {"5.png", "pipe.jpg"}
+    listed.write_text("ant/1.png\nbee/pipe.jpg\n")
+    with pytest.raises(ConfigError, match="no image of class bee can be read"):
+        ImageTree(str(dirty / "train"), only=str(listed), skip=True)
 
 
 def test_one_folder_for_training_and_validation_is_a_warning(tree, tmp_path, capsys):
