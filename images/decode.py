@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from augment.pixels import to_rgb
+from images.verify import check_opened, naming_damage
 from settings.errors import ConfigError, first_line
 
 JPEG = [0xFF, 0xD8, 0xFF]  # how such a file begins
@@ -96,8 +97,6 @@ def by_pil(file: Tensor, path: str) -> Tensor:
     Raises:
         ConfigError: it cannot be read; the message names it.
     """
-    try:
-        return torch.from_numpy(np.array(to_rgb(Image.open(io.BytesIO(file.numpy().tobytes())))))
-    except Exception as error:  # what PIL raises on a damaged file varies with the damage
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{path} cannot be read as an image: {reason}; mend or remove it") from error
+    with naming_damage(path):
+        image = check_opened(Image.open(io.BytesIO(file.numpy().tobytes())))
+        return torch.from_numpy(np.array(to_rgb(image)))

@@ -18,9 +18,9 @@ from images.datasets import Images, ImageTree, opened
 from images.decode import decode_batch
 from images.order import Draw, DrawSampler
 from images.store import StoredImages
+from images.verify import read_bytes
 from images.workers import as_it_is, close_loader, make_loader
 from presets import BatchPreset
-from settings.errors import ConfigError
 from utils import SAMPLE, Runtime, drawing_from
 
 # ---- what workers do ----
@@ -112,10 +112,7 @@ class Files(Dataset):
             ConfigError: a file cannot be read.
         """
         paths, targets = zip(*(self.images.samples[index] for _, index, _ in draws))
-        try:
-            files = [np.fromfile(path, np.uint8) for path in paths]
-        except OSError as error:
-            raise ConfigError(f"{error.filename} cannot be read: {error.strerror}; mend or remove it") from error
+        files = [read_bytes(path) for path in paths]
         lengths = torch.tensor([len(file) for file in files])
         return torch.from_numpy(np.concatenate(files)), lengths, torch.tensor(targets), torch.tensor(draws)
 
