@@ -266,7 +266,7 @@ def make_run(
     try:
         config = resolve(flags)
         check_model(config)
-        plan = next((run.plan for (name, _), run in others.items() if name == condition), None) or make_plan(config)
+        plan = next((run.plan for run in others.values() if same_plan(run.config, config)), None) or make_plan(config)
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from error
     if source is not None:
@@ -276,6 +276,15 @@ def make_run(
             )
         flags += ["--weights", os.path.join(source.folder, BEST)]
     return Run(condition, seed, config.output_dir, tuple(flags), config, plan, source, held_out)
+
+
+def same_plan(one: Config, other: Config) -> bool:
+    """Check whether two configurations have the same stages, so that their cost, a second's work, is counted once."""
+    return all(
+        getattr(one, name) == getattr(other, name)
+        for name, row in SETTINGS.items()
+        if name in ("model", "epochs") or row["group"] in ("stages", "augmentation") or row["scheduled"]
+    )
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
