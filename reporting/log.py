@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -35,6 +35,9 @@ class Dashboard:
     def start(self, config: Config) -> None:
         """Begin to show a run, with what its folder holds already."""
 
+    def begin_stage(self, stage: Stage) -> None:
+        """Show a stage that begins, of which the run's folder holds a picture."""
+
     def epoch(self, record: dict[str, Any]) -> None:
         """Show an epoch: its line of metrics.jsonl."""
 
@@ -61,6 +64,9 @@ class RunLog:
     """
 
     saved = True
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Note that a stage begins."""
 
     def epoch(self, stage: Stage, state: RunState, learner: Learner, scores: Mapping[str, Score]) -> dict[str, Any]:
         """Build the line of metrics of an epoch, and log it."""
@@ -115,13 +121,14 @@ class FolderLog(RunLog):
         folder: RunFolder,
         config: Config,
         plan: Plan,
-        classes: Sequence[str],
+        data: Data,
         samples: Mapping[int, Tensor],
         first_epoch: int,
         dashboard: Dashboard,
         checkpoint: Checkpoint | None = None,
     ):
         self.folder, self.config, self.plan, self.dashboard = folder, config, plan, dashboard
+        self.skipped = data.skipped
         self.records: list[dict[str, Any]] = []
         self.report_due = time.monotonic() + REPORT_EVERY
         self.thread = ThreadPoolExecutor(1, "checkpoint")
@@ -147,10 +154,13 @@ class FolderLog(RunLog):
         if config.resume not in ("", "auto"):
             settings["resume"] = config.resume  # where the run started from is part of it
         folder.write_settings(settings)
-        folder.write_plan(plan, classes)
+        folder.write_plan(plan, data.classes)
         for stage, grid in samples.items():
             folder.write_picture(stage, grid)
         dashboard.start(config)
+
+    def begin_stage(self, stage: Stage) -> None:
+        self.dashboard.begin_stage(stage)
 
     def epoch(self, stage: Stage, state: RunState, learner: Learner, scores: Mapping[str, Score]) -> dict[str, Any]:
         record = epoch_record(stage, state, learner, scores)
@@ -194,7 +204,7 @@ class FolderLog(RunLog):
         scores = closing[sizes["test_size"]]
         self.folder.write_confusion("last", self.config.epochs - 1, scores["model"].confusion)
         self.folder.write_confusion("best", state.best_epoch, scores["best"].confusion)
-        summary = summarise(self.config, self.plan, state, learner, sizes, closing, self.records)
+        summary = summarise(self.config, self.plan, state, learner, sizes, closing, self.records, self.skipped)
         self.folder.write_summary(summary)
         self.report()
         self.dashboard.finish()
