@@ -2,13 +2,16 @@
 # make test        the same environment with what the tests need, and the tests
 # make test-all    those, and the tests of the double of ClearML's server that they lean on
 # make rehearse    the script for half an hour on a GPU, tiny and on the CPU: three minutes
+# make torture     kills, flipped bits, signals and faults, counted: some minutes, or as many as MINUTES says
 # make fuzz        100,000 settings and 6,000 damaged files, a quarter of an hour; counts into results/
 # make lint        formatting, lint, types, the order of the floors
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-double test-all rehearse fuzz lint clean
+MINUTES ?= 5
+
+.PHONY: demo test test-double test-all rehearse torture fuzz lint clean
 
 demo: .venv/run
 	$(BIN)/python train.py --config configs/quickstart.yaml --overwrite
@@ -25,6 +28,9 @@ test-all: test test-double
 rehearse: .venv/dev
 	rm -rf runs/rehearsal
 	$(BIN)/python benchmarks/gpu.py --rehearse --minutes 10 --out runs/rehearsal
+
+torture: .venv/dev
+	$(BIN)/python tests/torture.py --minutes $(MINUTES)
 
 fuzz: .venv/dev
 	$(BIN)/python tests/fuzz.py --settings 100000 --files 2000

@@ -38,7 +38,7 @@ def check_decoder(device: torch.device) -> None:
 def decode_batch(
     files: Sequence[Tensor], paths: Sequence[str], device: torch.device, refused: Callable[[str, str], None]
 ) -> list[Tensor]:
-    """Decode a batch of files to images on `device`, each uint8 (H, W, 3).
+    """Decode a batch of files to images on `device`, each uint8 (3, H, W).
 
     JPEGs are decoded in one batch, by nvJPEG on CUDA. PIL decodes other formats on the host, and JPEGs that nvJPEG
     refuses (CMYK, arithmetic coding), which are told to `refused`: path and reason.
@@ -65,7 +65,7 @@ def decode_batch(
     ready = iter(decoded)
     images = [next(ready) if jpeg else None for jpeg in is_jpeg]
     return [
-        by_pil(file, path).to(device) if image is None else image.permute(1, 2, 0)
+        by_pil(file, path).permute(2, 0, 1).to(device) if image is None else image
         for file, path, image in zip(files, paths, images)
     ]
 

@@ -45,7 +45,8 @@ class DrawnImages(Dataset):
 class CroppedImages(Dataset):
     """Batches of images, cropped, resized and flipped as a batch preset draws; the rest is left to the device.
 
-    A batch is uint8 (N, 3, S, S), class numbers (N,), what is left to do (`BatchPreset.choose`).
+    A batch is uint8 (N, 3, S, S), channels last in memory, as crops come; class numbers (N,); and what is left to do
+    (`BatchPreset.choose`).
     """
 
     def __init__(self, images: Images, preset: BatchPreset, seed: int):
@@ -65,7 +66,7 @@ class CroppedImages(Dataset):
             crops = self.from_store(self.images, indices, numbers)
         else:
             crops = (self.from_file(index, numbers[i : i + 1]) for i, index in enumerate(indices))
-        batch = torch.empty(len(draws), 3, size, size, dtype=torch.uint8)
+        batch = torch.empty(len(draws), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
         targets = torch.empty(len(draws), dtype=torch.long)
         flips = self.preset.flips(numbers)
         for i, (crop, target) in enumerate(crops):
@@ -216,9 +217,9 @@ class DecodedOnDevice(WorkerSource):
         draws = keys.tolist()
         paths = [self.images.samples[index][0] for _, index, _ in draws]
         decoded = decode_batch(joined.split(lengths.tolist()), paths, self.runtime.device, self.tell)
-        heights, widths = np.array([image.shape[:2] for image in decoded]).T
+        heights, widths = np.array([image.shape[1:] for image in decoded]).T
         starts = np.cumsum(heights * widths) - heights * widths
-        flat = torch.cat([image.reshape(-1, 3) for image in decoded])
+        flat = torch.cat([image.flatten(1) for image in decoded], dim=1).t().contiguous()  # few kernels for all images
         numbers = uniforms(self.seed, draws)
         return augment_whole(flat, starts, heights, widths, targets.numpy(), self.preset, numbers, self.runtime)
 

@@ -48,7 +48,7 @@ REMEDIES: dict[int | None, str] = {
 }
 
 
-def own_line(kind: type[Exception], message: str) -> str:
+def own_line(kind: type[BaseException], message: str) -> str:
     """Return `message`, or its last line where it is the traceback of a worker process.
 
     torch's loader raises a worker's error again, as a new error of the same type whose message is the worker's
@@ -56,7 +56,12 @@ def own_line(kind: type[Exception], message: str) -> str:
     """
     if not message.startswith(f"Caught {kind.__name__} in "):
         return message
-    return message.strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+    return (
+        message.strip()
+        .splitlines()[-1]
+        .removeprefix(f"{kind.__module__}.".replace("builtins.", ""))
+        .removeprefix(f"{kind.__qualname__}: ")
+    )
 
 
 def printable(text: str) -> str:
@@ -76,8 +81,8 @@ def printable(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message; without a message, the name of its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message, of a worker's that which it raised; without one, its type's name."""
+    return (own_line(type(error), str(error)).strip() or type(error).__name__).splitlines()[0]
 
 
 def tell(error: Exception | str) -> None:
