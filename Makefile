@@ -1,12 +1,17 @@
 # make demo        a virtual environment, and the quickstart: four stages on handwritten digits, on any CPU
 # make test        the same environment with what the tests need, and the tests
 # make test-all    those, and the tests of the double of ClearML's server that they lean on
+# make rehearse    the script for half an hour on a GPU, tiny and on the CPU: three minutes
+# make torture     kills, flipped bits, signals and faults, counted: some minutes, or as many as MINUTES says
+# make fuzz        100,000 settings and 6,000 damaged files, a quarter of an hour; counts into results/
 # make lint        formatting, lint, types, the order of the floors
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-double test-all lint clean
+MINUTES ?= 5
+
+.PHONY: demo test test-double test-all rehearse torture fuzz lint clean
 
 demo: .venv/run
 	$(BIN)/python train.py --config configs/quickstart.yaml --overwrite
@@ -19,6 +24,16 @@ test-double: .venv/dev
 	$(BIN)/python .ci/double.py > tests/data/double.sha256
 
 test-all: test test-double
+
+rehearse: .venv/dev
+	rm -rf runs/rehearsal
+	$(BIN)/python benchmarks/gpu.py --rehearse --minutes 10 --out runs/rehearsal
+
+torture: .venv/dev
+	$(BIN)/python tests/torture.py --minutes $(MINUTES)
+
+fuzz: .venv/dev
+	$(BIN)/python tests/fuzz.py --settings 100000 --files 2000
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,13 +1,19 @@
 """Worker processes: they leave signals to the process that trains, and end when their loader does."""
 
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
+import psutil
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from settings.errors import RunError
 from utils import Runtime
 
 
@@ -15,26 +21,140 @@ def ignore_signals(worker: int) -> None:
     """Ignore SIGINT and SIGTERM in a worker process.
 
     Ctrl-C and a scheduler's SIGTERM reach the whole group of processes. The training process decides what to do, and
-    still needs its workers for the step it is in.
+    still needs its workers for the step it is in. Of a bus error torch would print its guess, which is one of two.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGBUS"):
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
 
 
-def close_loader(loader: DataLoader) -> None:
-    """End the worker processes of a loader now.
+PATIENCE = 300.0  # seconds without a batch, after which workers count as hanging
+LOOK_EVERY = 5.0  # seconds; workers that are gone are noticed then
+
+
+class Loader(DataLoader):
+    """A DataLoader that ends with a RunError, which says why, when no batch comes any more.
+
+    torch's own either raises wherever the program happens to be, perhaps in the midst of a step, or waits for ever.
+    Here the loader is asked every few seconds, and only while a batch is waited for.
+    """
+
+    def __iter__(self) -> Any:
+        if not self.num_workers:
+            return super().__iter__()
+        main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+        handler = signal.getsignal(signal.SIGCHLD) if main else None
+        iterator = super().__iter__()
+        if main:
+            signal.signal(signal.SIGCHLD, handler)  # torch's raises anywhere
+        return self.watched(iterator)
+
+    def watched(self, iterator: Any) -> Iterator[Any]:
+        """Yield what `iterator` does."""
+        watch = Watch(getattr(iterator, "_workers", ()))
+        try:
+            while True:
+                watch.since = time.monotonic()
+                batch = self.next_of(iterator, watch)
+                watch.since = None
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            watch.over.set()
+
+    def next_of(self, iterator: Any, watch: "Watch") -> Any:
+        """Return the next batch; None after the last."""
+        while True:
+            try:
+                return next(iterator, None)
+            except (RuntimeError, OSError, EOFError) as error:  # the last two of a batch whose worker is gone
+                late = str(error).startswith("DataLoader timed out")
+                if not late or time.monotonic() - watch.since >= PATIENCE:
+                    raise why_none(error, watch, self.dataset) or error from error
+
+
+class Watch(threading.Thread):
+    """A thread that ends workers which were halted, after a while: the loader would wait for their answer for ever.
+
+    since: when the loader began to wait, None where it does not
+    halted: process numbers of workers that it has ended
+    """
+
+    def __init__(self, workers: Sequence[Any]):
+        super().__init__(daemon=True)
+        self.workers = workers
+        self.halted: list[int] = []
+        self.since: Any = None
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.wait(LOOK_EVERY):
+            if self.since is not None and time.monotonic() - self.since >= PATIENCE:
+                for worker in self.workers:
+                    if worker.pid not in self.halted and is_stopped(worker.pid):
+                        self.halted.append(worker.pid)
+                        worker.kill()
+
+
+def why_none(error: Exception, watch: Watch, dataset: Any) -> RunError | None:
+    """Say why workers bring no batch; None if `error` is one of the program."""
+    text, workers = str(error), watch.workers
+    shared = "/dev/shm is too small: enlarge it (docker run --shm-size=8g), or lower --workers"
+    if text.startswith("DataLoader timed out") or watch.halted:
+        halted = watch.halted or [worker.pid for worker in workers if is_stopped(worker.pid)]
+        reason = f"process {', '.join(map(str, halted))} was halted" if halted else "see to the disk of the images"
+        return RunError(f"the workers have brought no images for {PATIENCE:.0f} s; {reason}; --resume auto continues")
+    if "shared memory" in text or "unable to write to file" in text or "/torch_" in text:
+        return RunError(f"a worker has no room for its images: {shared}")
+    fault = getattr(getattr(dataset, "images", None), "fault", lambda: None)()
+    if text.startswith("Caught "):  # in a worker, which goes on
+        return RunError(fault) if fault and isinstance(error, OSError) else None
+    deadline = time.monotonic() + 2  # its status may not be known yet
+    dead = None
+    while dead is None and time.monotonic() < deadline:
+        dead = next((worker for worker in workers if worker.exitcode), None)
+        time.sleep(0.01)
+    if dead is None:
+        return RunError(f"a worker has ended: {text}") if text.startswith("DataLoader worker") else None
+    who = f"worker {dead.pid}"
+    if dead.exitcode == -signal.SIGBUS:
+        return RunError(f"{who} was ended by the system: {fault or shared}")
+    if dead.exitcode == -signal.SIGKILL:
+        return RunError(f"{who} was killed; where no one did that, memory has run out: lower --workers")
+    return RunError(f"{who} has ended with status {dead.exitcode}")
+
+
+def is_stopped(pid: int) -> bool:
+    """Check whether a process was halted by a signal (SIGSTOP, Ctrl-Z)."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    return False
+
+
+def close_loader(loader: Any) -> None:
+    """End the worker processes of a loader now; do nothing to one that has none.
 
     Left to garbage collection they linger into the next stage (pytorch/pytorch#22133); torch has no public call for
-    it.
+    it, and would wait for ever for one that is stopped.
     """
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):
+        for worker in getattr(iterator, "_workers", ()):
+            if is_stopped(worker.pid):
+                worker.kill()
         iterator._shutdown_workers()
-    loader._iterator = None
+    if isinstance(loader, DataLoader):
+        loader._iterator = None
+
+
+AnyLoader = TypeVar("AnyLoader")
 
 
 @contextmanager
-def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
+def closing_loader(loader: AnyLoader) -> Iterator[AnyLoader]:
     """End the workers of `loader` after the block, also if something was raised in it."""
     try:
         yield loader
@@ -44,9 +164,10 @@ def closing_loader(loader: DataLoader) -> Iterator[DataLoader]:
 
 def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any) -> DataLoader:
     """Build a DataLoader whose workers, pinned memory and generator are set as this project needs them."""
-    return DataLoader(
+    return Loader(
         dataset,
         num_workers=workers,
+        timeout=LOOK_EVERY if workers else 0,
         persistent_workers=workers > 0,  # started once per stage; the sampler's keys say all that changes
         pin_memory=runtime.device.type == "cuda",
         worker_init_fn=ignore_signals,
@@ -55,6 +176,33 @@ def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any)
     )
 
 
+def loader_on_all_cores(dataset: Any) -> DataLoader:
+    """Build a loader of every item of `dataset` in order, in lists of up to 32, made by as many processes as cores.
+
+    A few items are made here: they would be done before a process has started.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, len(dataset) // 100)
+    return Loader(
+        dataset,
+        max(1, min(32, len(dataset))),
+        num_workers=workers,
+        timeout=LOOK_EVERY if workers else 0,
+        persistent_workers=workers > 0,
+        collate_fn=as_it_is,
+        worker_init_fn=ignore_signals,
+    )
+
+
 def as_it_is(batch: Any) -> Any:
-    """Return a batch unchanged: the collate function for data sets that load whole batches."""
+    """Return a batch unchanged: the collate function for data sets that load whole batches.
+
+    A worker moves its tensors to shared memory here: the queue's thread, which would do it, loses a batch that finds no
+    room there, and the run would wait for it.
+    """
+    if get_worker_info() is not None:
+        for part in batch:
+            for tensor in part if isinstance(part, list) else [part]:
+                if isinstance(tensor, Tensor):
+                    tensor.share_memory_()
     return batch

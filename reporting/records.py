@@ -15,6 +15,7 @@ import torchvision
 from learning.learner import Learner
 from learning.scores import Score
 from learning.state import RunState
+from settings.errors import printable
 from settings.table import Config
 from stages import Plan, Stage
 from utils import Runtime
@@ -50,6 +51,14 @@ def epoch_record(stage: Stage, state: RunState, learner: Learner, scores: Mappin
     }
 
 
+def is_whole(record: Mapping[str, Any]) -> bool:
+    """Check whether a line of metrics.jsonl has what a summary and its figures need."""
+    return all(
+        isinstance(record.get(key), int | float)
+        for key in ("stage", "lr", "loss", "epoch_seconds", "images_per_second")
+    ) and all(key in record for key in ("top1", "top1_ema", "gpu_memory_gib"))
+
+
 def summarise(
     config: Config,
     plan: Plan,
@@ -58,11 +67,15 @@ def summarise(
     sizes: Mapping[str, int],
     closing: Mapping[int, Mapping[str, Score]],
     records: Sequence[dict[str, Any]],
+    skipped: Mapping[str, Sequence[tuple[str, str]]],
 ) -> dict[str, Any]:
     """Build a finished run's summary.json.
 
     sizes: what the last evaluations were made at, by name, pixels
     closing: their scores, by size and by copy of the weights ("model", "ema", "best")
+    skipped: of each split, the images that were left out: path and fault
+
+    Speeds are None where the records of what they are measured over are lost.
     """
 
     def at_sizes(copy: str) -> dict[str, dict[str, Any]]:
@@ -83,23 +96,28 @@ def summarise(
         stages.append(row | {"train_seconds": seconds, "images_per_second": speed})
     seconds = sum(stage["train_seconds"] for stage in stages)
     images = sum(stage["train_seconds"] * stage["images_per_second"] for stage in stages)
+    last_speed = stages[-1]["images_per_second"]
     return {
         "model": config.model,
         "dataset": config.dataset,
         "top1": final["test_size"]["top1"],
         "top5": final["test_size"]["top5"],
         "top1_ema": final["test_size"].get("top1_ema"),
-        "best_top1": state.best_top1,
+        "best_top1": closing[sizes["test_size"]]["best"].top1,
         "best_epoch": state.best_epoch,
         "final": final,
         "best": {"epoch": state.best_epoch, "weights": state.best_weights, **at_sizes("best")},
         "stages": stages,
         "relative_cost": plan.relative_cost,
         "train_seconds": seconds,
-        "images_per_second": images / seconds,
+        "images_per_second": images / seconds if seconds else None,
         # As many images at the last stage's measured speed, over the time the run took
-        "speedup_over_fixed_size": images / stages[-1]["images_per_second"] / seconds,
+        "speedup_over_fixed_size": images / last_speed / seconds if last_speed and seconds else None,
         "epochs": config.epochs,
+        "skipped_images": {
+            "count": sum(map(len, skipped.values())),
+            **{split: {printable(path): fault for path, fault in images} for split, images in skipped.items()},
+        },
         "parameters": sum(parameter.numel() for parameter in learner.model.parameters()),
         "memory_gib": host_memory_gib(),
         "gpu_memory_gib": max(

@@ -10,8 +10,8 @@ from typing import Any
 
 from settings.errors import ConfigError
 from settings.sources import convert_all, read_command_line, read_yaml
-from settings.table import DEFAULTS, RA_SCALE_END, SCHEDULES, SETTINGS, Config, show
-from settings.values import seconds
+from settings.table import BEFORE, DEFAULTS, RA_SCALE_END, SCHEDULES, SETTINGS, Config, show
+from settings.values import every, seconds
 
 RUN_SETTINGS = "config.yaml"  # in a run's folder: what it was made with
 
@@ -31,12 +31,14 @@ def resolve(
     command_line = read_command_line(argv)
     path = command_line.get("config")
     own = os.path.join(command_line.get("output_dir", DEFAULTS["output_dir"]), RUN_SETTINGS)
+    values = dict(DEFAULTS)
     if path is None and command_line.get("resume") == "auto" and os.path.isfile(own):
         path = own  # a run is continued with the settings it has, no need to repeat them
+        values = dict(BEFORE)
     given_here = (read_yaml(path) if path is not None else {}, command_line) if base is None else ()
     sources = [*given_here, convert_all(base or {}, "")]
     sources.append(convert_all(overrides or {}, ""))
-    values, level = dict(DEFAULTS), dict.fromkeys(DEFAULTS, -1)
+    level = dict.fromkeys(DEFAULTS, -1)
     for i, given in enumerate(sources):
         values.update(given)
         level.update(dict.fromkeys(given, i))
@@ -89,6 +91,15 @@ def check(config: Config) -> None:
     check_run(config)
 
 
+def doubts(config: Config) -> list[str]:
+    """List what is likely a mistake in settings that can be carried out all the same."""
+    if config.lr_warmup_epochs < config.epochs:
+        return []
+    # No error: a short trial of a long recipe is a common thing, and its learning rates are what was asked for.
+    schedule = f"warm-up never ends, and lr_scheduler {config.lr_scheduler} does nothing"
+    return [f"lr_warmup_epochs {config.lr_warmup_epochs} with epochs {config.epochs}: {schedule}"]
+
+
 def check_stages(config: Config) -> None:
     """Check how many values the scheduled settings have, and the epochs and image sizes of stages."""
     for name in SCHEDULES:
@@ -98,6 +109,10 @@ def check_stages(config: Config) -> None:
             ways = f"one value, first and last, or one per stage ({config.stages})"
             ways = ways if config.stages > 1 else "one value (stages is 1)"
             raise ConfigError(f"{name} takes {ways}; got {len(values)} values")
+        least = SCHEDULES[name].least
+        small = [value for value in values or () if 0 < value < least]
+        if small:
+            raise ConfigError(f"{name} must be 0 or at least {least:g}, got {small[0]:g}")
     if config.stages > config.epochs:
         raise ConfigError(f"{config.stages} stages need at least {config.stages} epochs, epochs is {config.epochs}")
     if config.stage_epochs is not None:
@@ -173,3 +188,4 @@ def check_run(config: Config) -> None:
         raise ConfigError("test_only needs something to evaluate: --weights or --resume")
     if config.time_budget is not None:
         seconds(config.time_budget)
+    every(config.checkpoint_every)

@@ -1,0 +1,183 @@
+"""CUDA graphs of the step: what a capture leaves behind, on a double of torch's graphs; on a GPU, the same bits as without."""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import STAGED, STRONG, assert_same_bits, checkpoint, start
+from torch import nn
+
+from learning import graphs
+from learning.graphs import StepGraphs
+from utils import Runtime
+
+CPU = Runtime(device=torch.device("cpu"))
+
+
+def in_bfloat16(device="cpu"):
+    return Runtime(device=torch.device(device), amp_dtype=torch.bfloat16)
+
+
+def network():
+    """Every kind of layer that autocast casts, one that it does not, and one that takes no part."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.Flatten(),
+        nn.Linear(144, 2),
+    ]
+    model = nn.Sequential(*layers)
+    model.spare = nn.Linear(2, 2)
+    model.forward = lambda images: nn.Sequential(*layers)(images)
+    return model
+
+
+class Step:
+    """Loss and gradients of a small model; a replay computes them anew, into the tensors of the capture."""
+
+    def __init__(self, fault=0.0):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        self.parameters = list(self.model.parameters())
+        self.calls, self.fault = 0, fault
+
+    def __call__(self, images, targets):
+        self.calls += 1
+        loss = nn.functional.cross_entropy(self.model(images), targets)
+        loss.backward()
+        return loss.detach()
+
+
+@pytest.fixture
+def doubled(monkeypatch):
+    """torch.cuda's graphs, on the CPU: `captured` lists those made, `replays` counts."""
+    seen = SimpleNamespace(captured=[], pools=[], replays=0)
+
+    class Graph:
+        def replay(self):
+            seen.replays += 1
+            step, graph = self.step, self.owner
+            graphs.forget_gradients(step.parameters)
+            graph.loss.copy_(step(graph.images, graph.targets) + step.fault)
+            for static, parameter in zip(graph.gradients, step.parameters):
+                static.copy_(parameter.grad)
+
+    @contextmanager
+    def capture(graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        seen.captured.append(graph)
+        seen.pools.append(pool)
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    made = graphs.StepGraph.__init__
+
+    def remembering(self, gradients, *args):
+        made(self, gradients, *args)
+        self.graph.step, self.graph.owner = gradients.__self__.plain, self
+
+    monkeypatch.setattr(graphs.StepGraph, "__init__", remembering)
+    return seen
+
+
+def batch(count):
+    return torch.randn(count, 3), torch.zeros(count, dtype=torch.long)
+
+
+def captured(step, *sizes):
+    stage = StepGraphs(step, step.model, step.parameters, CPU)
+    stage.capture([batch(size) for size in sizes])
+    return stage
+
+
+def test_a_capture_leaves_weights_statistics_and_gradients_as_they_were(doubled):
+    step = Step()
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    captured(step, 8, 5)
+    assert_same_bits(dict(step.model.state_dict()), before)
+    assert all(parameter.grad is None for parameter in step.parameters)
+    assert len(doubled.captured) == 2 and doubled.pools[0] is doubled.pools[1]
+
+
+def test_replays_of_two_forms_in_turn_give_the_gradients_of_their_own_batch(doubled):
+    step = Step()
+    stage = captured(step, 8, 5)
+    for size in (8, 5, 8):
+        images, targets = batch(size)
+        loss = stage.get(images, targets)(images, targets)
+        ours = [parameter.grad.clone() for parameter in step.parameters]
+        graphs.forget_gradients(step.parameters)
+        assert torch.equal(loss, step(images, targets))
+        assert_same_bits(ours, [parameter.grad for parameter in step.parameters])
+    assert doubled.replays == 2 + 3  # each is checked once
+
+
+def test_a_form_that_was_not_captured_has_no_graph(doubled):
+    stage = captured(Step(), 8)
+    images, targets = batch(8)
+    assert stage.get(images, targets) is not None
+    assert stage.get(*batch(7)) is None
+    assert stage.get(images, torch.zeros(8, 2)) is None  # soft targets
+
+
+def test_a_replay_that_computes_something_else_is_not_used(doubled, capsys):
+    stage = captured(Step(fault=0.1), 8)
+    assert not stage.possible and stage.get(*batch(8)) is None
+    assert (
+        "cuda_graphs off: the step of this model cannot be captured (a replay computes a loss of"
+        in capsys.readouterr().out
+    )
+    made = len(doubled.captured)
+    stage.capture([batch(8)])  # the next stage does not try again
+    assert len(doubled.captured) == made
+
+
+@pytest.mark.parametrize("runtime", [CPU, in_bfloat16()], ids=["float32", "bfloat16"])
+def test_casts_and_counts_taken_together_change_no_bit(runtime):
+    images, targets = torch.randn(6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
+    outcomes = []
+    for together in (False, True):
+        model = network()
+
+        def gradients(images, targets, model=model):
+            with runtime.autocast():
+                loss = nn.functional.cross_entropy(model(images), targets)
+            loss.backward()
+            return loss.detach()
+
+        stage = StepGraphs(gradients, model, list(model.parameters()), runtime)
+        for _ in range(2):
+            graphs.forget_gradients(stage.parameters)
+            loss = (stage.gradients if together else gradients)(images, targets)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        outcomes.append([loss, state, [parameter.grad for parameter in model.parameters()]])
+    assert_same_bits(*outcomes)
+    assert outcomes[1][1]["1.num_batches_tracked"] == 2 and outcomes[1][1]["0.weight"].dtype == torch.float32
+
+
+def test_casts_are_taken_together_in_half_precision_only():
+    model = network()
+    assert len(graphs.Together(model, torch.bfloat16).half) == 1 + 2 + 2 + 2  # weights and biases of four layers
+    assert graphs.Together(model, None).half == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("flags", ["--amp --channels-last", "--amp --amp-dtype float16 --opt adamw", ""])
+def test_a_run_with_graphs_has_the_bits_of_one_without(tree, tmp_path, flags):
+    common = ["--device", "cuda", *STAGED, *STRONG, "--use-deterministic-algorithms", *flags.split()]
+    for way in ("auto", "off"):
+        assert start(tree, tmp_path / way, *common, "--cuda-graphs", way) == 0
+    ours, theirs = checkpoint(tmp_path / "auto"), checkpoint(tmp_path / "off")
+    for part in ("model", "model_ema", "optimizer"):
+        assert_same_bits(ours[part], theirs[part])
