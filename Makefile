@@ -1,12 +1,14 @@
 # make demo        a virtual environment, and the quickstart: four stages on handwritten digits, on any CPU
 # make test        the same environment with what the tests need, and the tests
 # make test-all    those, and the tests of the double of ClearML's server that they lean on
+# make graphs      the figures of Graphs/ and what README and docs show, drawn and written anew from results/
+# make docs        the site, into docs/_build/html
 # make lint        formatting, lint, types, the order of the floors
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-double test-all lint clean
+.PHONY: demo test test-double test-all graphs docs lint clean
 
 demo: .venv/run
 	$(BIN)/python train.py --config configs/quickstart.yaml --overwrite
@@ -20,6 +22,14 @@ test-double: .venv/dev
 
 test-all: test test-double
 
+graphs: .venv/docs
+	$(BIN)/python -m Graphs.draw
+	$(BIN)/python benchmarks/tables.py
+
+docs: .venv/docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,9 +42,13 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/dev: requirements-dev.txt .venv/run
+.venv/docs: requirements-docs.txt .venv/run
+	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt requirements-docs.txt .venv/run
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs docs/_build

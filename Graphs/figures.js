@@ -1,0 +1,12 @@
+// Draws every chart of a page: <div class="chart" id="NAME"><script type="application/json">SPECIFICATION</script></div>
+for (const place of document.querySelectorAll(".chart")) {
+  const specification = JSON.parse(place.querySelector("script").textContent);
+  if (specification.usermeta?.fixed) place.classList.add("fixed");
+  else specification.width = "container"; // as wide as there is room
+  if (place.clientWidth < 480) specification.config.legend.columns = 2;
+  vegaEmbed(place, specification, {
+    renderer: "svg",
+    downloadFileName: place.id,
+    actions: { export: true, source: false, compiled: false, editor: false },
+  }).then(() => place.setAttribute("data-drawn", ""));
+}

@@ -1,0 +1,55 @@
+"""What figures and tables read out of a study's rows and its file."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from studies.rows import Row
+from studies.study import read_mapping
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STUDIES = os.path.join("configs", "studies")
+MEASURE = "top-1 accuracy, %"
+
+
+def study_file(study: str) -> dict[str, Any]:
+    """Read the file of a study; of one that is kept elsewhere nothing is known but its rows."""
+    path = os.path.join(ROOT, STUDIES, f"{study}.yaml")
+    return read_mapping(path) if os.path.exists(path) else {}
+
+
+def is_complete(heads: Sequence[str]) -> bool:
+    """Check whether a file with these column heads has a row per run."""
+    return {"condition", "seed", "top1", "settings"} <= set(heads)
+
+
+def varying(rows: Sequence[Row]) -> list[str]:
+    """List the settings that rows have a column for: those that are not the same in all runs."""
+    names = list(rows[0])
+    return [name for name in names[names.index("seed") + 1 : names.index("relative_cost")] if name != "epochs"]
+
+
+def minutes(rows: Sequence[Row]) -> tuple[str, Callable[[Row], float]]:
+    """Choose what training took: a processor's time, where runs share its cores, else that of the clock.
+
+    Returns: the unit, and what finds a row's
+    """
+    on_cpu = all(row["device"] == "cpu" for row in rows)
+    column, unit = ("cpu_seconds", "processor minutes") if on_cpu else ("train_seconds", "minutes")
+    return unit, lambda row: row[column] / 60
+
+
+def first_and_last(value: Any) -> tuple[float, float] | None:
+    """Read the value of a scheduled setting, one number or a list of them; None for anything else."""
+    if isinstance(value, str) and value.startswith("["):
+        value = json.loads(value)
+    values = value if isinstance(value, list) else [value]
+    if not values or any(isinstance(item, str | None) for item in values):
+        return None
+    return float(values[0]), float(values[-1])
+
+
+def data_set(condition: str) -> str:
+    """Find which data a condition of a study of several is about: its name up to a colon or comma."""
+    return condition.replace(":", ",").split(",")[0]
