@@ -18,7 +18,7 @@ FOLDER, LIBRARY = "Graphs", "vega.js"
 GREY = "#7a7a7a"  # text and axes; readable on white and on black
 COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#9467bd", "#b58900", "#c2388f", "#6b8e23", "#8c564b", "#3aa6b9", "#7a7a7a")
 WIDTH, HEIGHT = 620, 320
-LINE = 62  # letters that fit below and above a figure on a phone
+LINE = 46  # letters that fit below and above a figure on a phone
 
 Specification = dict[str, Any]
 
@@ -61,16 +61,19 @@ class Figure:
         return all(os.path.exists(path) and self.mark in read_text(path) for path in paths)
 
 
-def styled(chart: alt.LayerChart, title: str, subtitle: str, note: Sequence[str]) -> alt.LayerChart:
-    """Give a chart its title, a note below it, and colours for light and dark pages."""
+def styled(chart: alt.LayerChart, title: str, subtitle: str, note: Sequence[str], room: int = 42) -> alt.LayerChart:
+    """Give a chart its title, a note below it as its last layer, and colours for light and dark pages.
+
+    room: pixels that the axis takes between the chart and the note
+    """
     below = (
         alt.Chart(alt.Data(values=[{}]))
-        .mark_text(align="left", baseline="top", dy=42, fontSize=11, lineHeight=15)
+        .mark_text(align="left", baseline="top", dy=room, fontSize=11, lineHeight=15)
         .encode(x=alt.value(0), y=alt.value("height"), text=alt.value(list(note)))  # type: ignore[arg-type]
     )
     whole = alt.layer(chart, below, **dimensions(chart)).properties(
         title=alt.TitleParams(
-            text=title, subtitle=textwrap.wrap(subtitle, LINE), anchor="start", frame="group", offset=12, fontSize=15, subtitleFontSize=12,
+            text=title, subtitle=textwrap.wrap(subtitle, LINE), anchor="start", frame="bounds", offset=12, fontSize=15, subtitleFontSize=12,
             color=GREY, subtitleColor=GREY,
         ),
         description=f"{title}. {subtitle}. {' '.join(note)}",

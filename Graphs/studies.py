@@ -21,12 +21,19 @@ Values = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Kind:
-    """A figure that a study has: the end of its name, its title, and what draws it from the rows of runs and epochs."""
+    """A figure that a study has.
+
+    end: of its name
+    title: what it shows
+    draw: draws it from the rows of runs, and of epochs if `epochs`
+    room: pixels that its axis takes
+    """
 
     end: str
     title: str
     draw: Callable[..., alt.LayerChart]
     epochs: bool = False
+    room: int = 42
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,12 @@ class StudyFigure(Figure):
 
     subtitle: of what: model, data, length
     sources: files of rows, the runs' first
-    draw: builds the chart from the rows of each source
+    kind: what draws it from the rows of each source
     """
 
     subtitle: str
     sources: tuple[str, ...]
-    draw: Callable[..., alt.LayerChart]
+    kind: Kind
 
     def content(self) -> bytes:
         content = b""
@@ -51,7 +58,8 @@ class StudyFigure(Figure):
 
     def specification(self) -> Specification:
         rows = [read_rows(source) for source in self.sources]
-        return styled(self.draw(*rows), self.title, self.subtitle, note_lines(self.sources[0], rows[0])).to_dict()
+        chart, note = self.kind.draw(*rows), note_lines(self.sources[0], rows[0])
+        return styled(chart, self.title, self.subtitle, note, self.kind.room).to_dict()
 
 
 def note_lines(source: str, rows: Sequence[Row]) -> list[str]:
@@ -194,7 +202,8 @@ def every_seed(rows: Sequence[Row], group: Callable[[Row], str] | None = None) -
     groups = {row["condition"]: group(row) if group else "" for row in rows}
     points = [{"condition": row["condition"], "seed": row["seed"], "top1": measure(row)} for row in rows]
     x = alt.X("top1:Q", title=MEASURE, scale=alt.Scale(zero=False, padding=8), axis=COARSE)
-    y = alt.Y("condition:N", sort=names, title=None, axis=alt.Axis(labelLimit=240, ticks=False, grid=True))
+    labels = alt.Axis(labelLimit=240, labelExpr="split(datum.label, ', ')", ticks=False, grid=True)
+    y = alt.Y("condition:N", sort=names, title=None, axis=labels)
     shade = colour(list(dict.fromkeys(groups.values())), "group") if group else alt.value(COLOURS[0])
 
     def grouped(values: Values) -> alt.Chart:
@@ -248,7 +257,8 @@ def parallel(rows: Sequence[Row]) -> alt.LayerChart:
         for axis, values in kept.items()
         for value in (sorted(set(values)) if len(set(values)) <= 6 else (min(values), max(values)))
     ]
-    x = alt.X("axis:N", sort=axes, title=None, axis=alt.Axis(labelAngle=0, grid=True, gridColor=GREY, domain=False, labelLimit=110), scale=alt.Scale(type="point", padding=0.3))  # fmt: skip
+    words = alt.Axis(labelAngle=0, labelExpr="split(datum.label, ' ')", grid=True, gridColor=GREY, domain=False)
+    x = alt.X("axis:N", sort=axes, title=None, axis=words, scale=alt.Scale(type="point", padding=0.3))
     y = alt.Y("at:Q", axis=None)
     strokes = alt.Chart(data(lines)).mark_line(opacity=0.6, strokeWidth=1.5).encode(
         x, y, colour(conditions_of(rows)), detail="run:N"
@@ -321,7 +331,7 @@ def throughput(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.LayerChart:
 # ---- which study has which ----
 
 EVERY_SEED = Kind("", "Every seed, mean and 95 % interval", every_seed)
-PARALLEL = Kind("parallel", "What varies and what it comes to, a line for each run", parallel)
+PARALLEL = Kind("parallel", "Parallel coordinates of all runs", parallel, room=58)
 KINDS: dict[str, tuple[Kind, ...]] = {
     "reproduce": (
         Kind("time", "Accuracy against training time", accuracy_over_time),
@@ -331,8 +341,8 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "epochs": (EVERY_SEED, Kind("time", "Accuracy against training time", accuracy_over_time), PARALLEL),
     "dropout": (EVERY_SEED, PARALLEL),
     "image_size": (EVERY_SEED, PARALLEL),
-    "ra_magnitude": (Kind("", "The best RandAugment magnitude by image size", by_magnitude),),
-    "transfer": (Kind("", "From scratch and from trained weights", by_data_set),),
+    "ra_magnitude": (Kind("", "RandAugment magnitude by image size", by_magnitude),),
+    "transfer": (Kind("", "From scratch or trained weights", by_data_set),),
 }
 NAMES = {("reproduce", "epochs"): "ImageNetTE-EfficientNetV2-S"}  # as the original study called it
 
@@ -348,7 +358,7 @@ def study_figures(results: str) -> list[StudyFigure]:
             if kind.epochs:
                 sources.append(os.path.join(results, f"{study}_epochs.csv"))
             place, subtitle = f"{study} {kind.end}".strip(), str(content.get("title", study))
-            figures.append(StudyFigure(name, kind.title, place, subtitle, tuple(sources), kind.draw))
+            figures.append(StudyFigure(name, kind.title, place, subtitle, tuple(sources), kind))
     return figures
 
 

@@ -61,7 +61,8 @@ class Tables:
         """Build the table of the runs whose folders are kept, one row each, from their own files."""
         rows = []
         for name in sorted(os.listdir(self.results)):
-            summary = RunFolder(os.path.join(self.results, name)).summary()
+            folder = os.path.join(self.results, name)
+            summary = RunFolder(folder).summary() if os.path.isdir(folder) else None
             if summary is None:
                 continue
             versions = summary["versions"]

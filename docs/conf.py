@@ -26,14 +26,16 @@ def as_page(app, name, source):
     folder = ROOT / "docs"
     if name == "index":
         source[0], folder = (ROOT / "README.md").read_text(encoding="utf-8") + "\n" + source[0], ROOT
-    text = PICTURE.sub(lambda found: f"\n{figure(found[1])}\n", source[0])
+        app.env.note_dependency(str(ROOT / "README.md"))
+    text = PICTURE.sub(lambda found: f"\n{figure(app, found[1])}\n", source[0])
     source[0] = LINK.sub(lambda found: link(found[1], found[2], folder), text)
 
 
-def figure(name):
+def figure(app, name):
     """Take a figure's element out of its page."""
-    page = (ROOT / "Graphs" / f"{name}.html").read_text(encoding="utf-8")
-    return next(line for line in page.splitlines() if line.startswith('<div class="chart"'))
+    path = ROOT / "Graphs" / f"{name}.html"
+    app.env.note_dependency(str(path))
+    return next(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith('<div class="chart"'))
 
 
 def link(text, target, folder):

@@ -306,6 +306,21 @@ def test_a_study_without_rows_says_how_to_run_it(tmp_path):
     assert tables.table("figure dropout") == "" and tables.table("verdicts") == "No study has been run yet."
 
 
+def test_the_story_with_rows_has_every_table_and_picture(tmp_path):
+    """Of the small studies, beside the runs that are kept."""
+    study_rows.write_all(tmp_path)
+    for run in (ROOT / "results").iterdir():
+        if run.is_dir():
+            (tmp_path / run.name).symlink_to(run)
+    story = draw.with_results("README.md", str(tmp_path))
+    assert "Not run yet" not in story and story.count("Not run at full size yet") == 8
+    shown = re.findall(r"\(Graphs/([\w-]+)\.svg\)", story)
+    assert shown[0] == "reproduce_small_time" and len(shown) == 12
+    assert {*shown} == {figure.name for figure in all_figures(str(tmp_path))} - {"epochs_small_time"}
+    results = draw.with_results(os.path.join("docs", "results.md"), str(tmp_path))
+    assert "(../results/imagenette_b0_fixed/config.yaml)" in results
+
+
 def test_a_data_set_of_transfer_is_compared_within_itself(results):
     table = Tables(results).table("study transfer | pneumonia")
     assert "monkeys" not in table and "AUC" in table
