@@ -103,7 +103,10 @@ class Tables:
         chosen = self.run_as(study)
         command = f"`python sweep.py {STUDIES}/{study}.yaml`"
         if chosen is None:
-            return f"Not run yet. {command} runs it; `{study}_small.yaml` beside it is the size for two CPU cores."
+            smaller = (
+                "" if study.endswith("_small") else f"; `{study}_small.yaml` beside it is the size for two CPU cores"
+            )
+            return f"Not run yet. {command} runs it{smaller}."
         rows = [row for row in self.rows(chosen) if not data or data_set(row["condition"]) == data]
         if not rows:
             raise ValueError(f"results/{chosen}.csv has no condition of {data}")

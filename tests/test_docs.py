@@ -15,6 +15,7 @@ from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+from Graphs.figure import page as page_of
 from Graphs.figures import all_figures
 from settings.resolve import resolve
 
@@ -66,6 +67,40 @@ def test_links_within_the_repository_lead_somewhere(page):
                     for head in re.findall(r"^#+ (.*)", of(place), re.M)
                 ]
                 assert anchor in heads, f"{page.name}: {target}"
+
+
+FIGURE = re.compile(
+    r"(?<![\w.-])(\d[\d.,]*(?: (?:to|or|and|±) \d[\d.,]*)*) ?(%|seconds?\b|s\b|minutes?\b|hours?\b|images/s|images a second|GiB|times\b)"
+)
+
+
+def typed_figures(page):
+    """The figures with a unit that stand in a page's own sentences: not in code, not between the marks of a tool."""
+    text = re.sub(r"^```.*?^```|<!-- table .*?<!-- end of table -->|<!-- value .*?<!-- end -->|`[^`]*`", "", of(page), flags=re.M | re.S)  # fmt: skip
+    return {found[0] for found in FIGURE.finditer(" ".join(text.split()))}
+
+
+def test_every_figure_has_a_row_or_a_source():
+    quoted = {}
+    for line in of(ROOT / "tests" / "data" / "quoted_figures.txt").splitlines():
+        if not line.startswith("#"):
+            page, figure, source = line.split(" | ")
+            assert source
+            quoted.setdefault(page, set()).add(figure)
+    for page in PAGES:
+        name, typed = page.relative_to(ROOT).as_posix(), typed_figures(page)
+        without = typed - quoted.get(name, set())
+        assert not without, f"{name}: {without} have no row; write them by a mark, or name their source in tests/data/quoted_figures.txt"  # fmt: skip
+        assert not quoted.pop(name, set()) - typed, f"{name}: tests/data/quoted_figures.txt names figures that are gone"
+    assert not quoted
+
+
+def test_a_typed_figure_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "It took 76 s, so\n12.5 %, `3 s`, <!-- value a | b | c -->4 s<!-- end -->.\n<!-- table x -->\n5 s\n<!-- end of table -->\n"
+    )
+    assert typed_figures(page) == {"76 s", "12.5 %"}
 
 
 def test_messages_that_are_explained_are_messages_of_the_program():
@@ -174,7 +209,7 @@ def figure_pages(tmp_path_factory):
     for name in ("vega.js", "figures.js", "figures.css"):
         shutil.copy(ROOT / "Graphs" / name, folder)
     for figure in all_figures(str(rows)):
-        figure.write(folder)
+        (folder / f"{figure.name}.html").write_text(page_of(figure.name, figure.title, figure.specification(), ""))
     return sorted(folder.glob("*.html"))
 
 

@@ -128,7 +128,7 @@ def test_a_changed_row_makes_its_figures_old_and_no_others(tmp_path, results):
     rows.mkdir()
     study_rows.write_dropout(rows)
     study_rows.write_epochs(rows)
-    figures = {figure.name: figure for figure in all_figures(str(rows))}
+    figures = {figure.name: figure for figure in all_figures(str(rows))[1:]}
     for figure in figures.values():
         assert not figure.is_current(folder)
         figure.write(folder)
