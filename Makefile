@@ -3,12 +3,13 @@
 # make test-all    those, and the tests of the double of ClearML's server that they lean on
 # make graphs      the figures of Graphs/ and what README and docs show, drawn and written anew from results/
 # make docs        the site, into docs/_build/html
+# make rehearse    the script for half an hour on a GPU, tiny and on the CPU: three minutes
 # make lint        formatting, lint, types, the order of the floors
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-double test-all graphs docs lint clean
+.PHONY: demo test test-double test-all graphs docs rehearse lint clean
 
 demo: .venv/run
 	$(BIN)/python train.py --config configs/quickstart.yaml --overwrite
@@ -29,6 +30,10 @@ graphs: .venv/docs
 docs: .venv/docs
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 	@echo docs/_build/html/index.html
+
+rehearse: .venv/dev
+	rm -rf runs/rehearsal
+	$(BIN)/python benchmarks/gpu.py --rehearse --minutes 10 --out runs/rehearsal
 
 lint: .venv/dev
 	$(BIN)/ruff check .

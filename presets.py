@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torchvision import transforms as v1
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
-from augment.batch import rand_augment, to_device
-from augment.draws import CROP, ERASE, ERASED, FLIP, OPS, SIGNS, Array, Boxes, crop_boxes, erase_boxes
-from augment.pixels import IMAGENET_MEAN, IMAGENET_STD, RandomResizedCrop, to_normalised, to_rgb
+from augment.at_once import augment_at_once
+from augment.batch import augment_by_group, draw_groups, normalise
+from augment.draws import CROP, ERASE, ERASED, FLIP, NUM_OPS, OPS, SIGNS, Array, Boxes, crop_boxes, erase_boxes
+from augment.pixels import RandomResizedCrop, to_normalised, to_rgb
 from augment.randaugment import BINS_PER_UNIT, RandAugment
 from settings.table import Config
 
@@ -88,9 +89,11 @@ def eval_preset(
 class BatchPreset:
     """A stage's training preset for batches, in two parts.
 
-    `boxes` and `flips` say where to crop and whether to flip, which whoever holds the pixels applies. `finish` does the
-    rest, on the device.
+    `boxes` and `flips` say where to crop and whether to flip, which whoever holds the pixels applies. `choose` says what
+    else there is to do, and `finish` does it, on the device.
     """
+
+    CHOICES = NUM_OPS + 4  # whole numbers of an image that `finish` needs
 
     def __init__(
         self,
@@ -116,28 +119,38 @@ class BatchPreset:
         """Choose which images to flip: (N,)."""
         return draws[:, FLIP] < self.hflip_prob
 
-    def finish(self, images: Tensor, draws: Array) -> Tensor:
-        """Apply policy, normalise and erase: uint8 (N, 3, S, S) to float32.
+    def choose(self, draws: Array) -> NDArray[np.int64]:
+        """Choose what `finish` is to do to each image: (N, CHOICES).
+
+        Columns are the operation of each layer (`draw_groups`), then the first row, the first column, and those after
+        the last of the rectangle to erase, all 0 for none.
 
         draws: (N, NUM_DRAWS)
         """
+        boxes = erase_boxes(draws[:, ERASED], self.image_size) * (draws[:, ERASE] < self.random_erase)[:, None]
+        boxes[:, 2:] += boxes[:, :2]
+        return np.concatenate([draw_groups(draws[:, OPS], draws[:, SIGNS]), boxes], axis=1)
+
+    def finish(
+        self, images: Tensor, choices: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
+        """Apply policy, normalise and erase: uint8 (N, 3, S, S) to float32.
+
+        On CUDA nothing here waits for the device, and kernels and shapes are the same for every batch of N images.
+
+        choices: (N, CHOICES), on the images' device
+        """
+        groups, bounds = choices.split([NUM_OPS, 4], dim=1)
         if self.level is not None:
-            images = rand_augment(images, draws[:, OPS], draws[:, SIGNS], self.level)
-        mean, std = (np.array(values, dtype=np.float32).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        scale, shift = (to_device(values, images.device) for values in (1 / (255 * std), mean / std))
-        out = torch.empty_like(images, dtype=torch.float32)
-        # On a CPU in pieces that stay in its cache: three passes over a whole batch take three times as long.
-        piece = len(images) if images.is_cuda else 8
-        for pixels, part in zip(images.split(piece), out.split(piece)):
-            part.copy_(pixels).mul_(scale).sub_(shift)
-        erased = draws[:, ERASE] < self.random_erase
-        if erased.any():
-            boxes = erase_boxes(draws[:, ERASED], images.shape[-1]) * erased[:, None]
-            top, left, height, width = to_device(boxes, images.device)[:, :, None].unbind(1)
-            place = torch.arange(images.shape[-1], device=images.device)
-            rows = (place >= top) & (place < top + height)
-            columns = (place >= left) & (place < left + width)
-            out.masked_fill_((rows[:, None, :, None] & columns[:, None, None, :]), 0.0)
+            if images.is_cuda:
+                images = augment_at_once(images, groups, self.level)
+            else:
+                images = augment_by_group(images, groups.numpy(), self.level)
+        out = normalise(images, memory_format)
+        if self.random_erase > 0:
+            place = torch.arange(self.image_size, device=images.device)
+            inside = (place >= bounds[:, :2, None]) & (place < bounds[:, 2:, None])  # (N, 2, S): rows, columns
+            out.masked_fill_(inside[:, None, 0, :, None] & inside[:, None, 1, None, :], 0.0)
         return out
 
 

@@ -40,12 +40,13 @@ def main(options: argparse.Namespace, flags: Sequence[str]) -> int:
     study = read_study(options.study, folder, flags)
     results = Results(study, options.results)
     with Screen(study) as screen:
-        screen.plan(count_images(study), sum(results.row(run) is not None for run in study.runs))
+        images = count_images(study)
+        screen.plan(images, results.rows)
         if options.plan:
             return 0
         with alone(folder):
             launcher = Queue(options.queue, study.runs) if options.on == "clearml" else Local(options.parallel)
-            status = Runner(study, results, launcher, deadline, screen.update, options.keep_checkpoints).run()
+            status = Runner(study, results, launcher, images, deadline, screen.update, options.keep_checkpoints).run()
         screen.outcome(results.rows)
     return status
 

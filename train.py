@@ -22,7 +22,9 @@ import json
 import os
 import shlex
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -32,39 +34,51 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from images.datasets import Data, load_data
-from images.loaders import TrainLoader, augment_on, eval_loader, sample_grid, train_loader
+from images.evaluation import EvalOnDevice
+from images.loaders import TrainLoader, augment_on, batches_of_all, eval_loader, sample_grid, train_loader
 from images.store_place import with_store
 from images.workers import closing_loader
+from learning.faults import one_line
 from learning.learner import Learner, build_learner
 from learning.models import check_model
 from learning.optim import learning_rate_schedule, set_learning_rate
 from learning.rehearse import rehearse
 from learning.resume import check_data, check_store, find_checkpoint
-from learning.scores import NonFiniteLoss, Score, TrainingLoss
+from learning.scores import Score, TrainingLoss
 from learning.state import RunState
+from learning.stop import Stop, interruptible
 from learning.weights import read_weights
-from reporting.folder import check_folder
+from reporting.folder import RunFolder, check_folder
 from reporting.log import Dashboard, FolderLog, RunLog
 from reporting.progress import Progress
-from settings.errors import ConfigError, tell
+from settings.errors import ConfigError, first_line, tell
 from settings.table import Config
 from stages import Plan, StageScheduler, make_plan
 from tracking.deadline import exit_now
 from tracking.run import find_dashboard
 from tracking.settings import find_settings
-from utils import Runtime, Stop, cpu_seconds, share_buffers, share_weights, start_runtime
+from utils import Runtime, cpu_seconds, share_buffers, share_weights, start_runtime
 
 
-def main(config: Config, dashboard: Dashboard) -> int:
-    """Carry out the run that `config` describes, from start to end; return the exit status."""
+def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
+    """Carry out the run that `config` describes, from start to end; return the exit status.
+
+    at_end: closes what is opened here, in the opposite order, however the run ends
+    """
     # Where it runs, what it will do, where it continues: all that can be wrong without looking at data
     runtime = start_runtime(config)
-    config = replace(config, augment_on=augment_on(config, runtime))  # written down, so that a resume keeps to it
-    stop = Stop(runtime, config.time_budget)
+    # What auto comes to here is written down, so that a resume keeps to it, on another machine too.
+    config = replace(config, augment_on=augment_on(config, runtime), amp_dtype=runtime.precision or config.amp_dtype)
+    stop = at_end.enter_context(Stop(runtime, config.time_budget, patient=False))
     dashboard.ask_to_stop = stop.ask
     plan = make_plan(config)
     folder = check_folder(config)
+    if not config.test_only:
+        at_end.enter_context(folder.used_alone(runtime))
     checkpoint = find_checkpoint(config, runtime, folder.checkpoint)
+    if checkpoint is not None and config.resume == "auto" and not config.test_only:
+        folder.mend_best(checkpoint, config, runtime)
+        stop.resumable = True
     weights = read_weights(config.model, config.weights) if config.weights else None
 
     # Data, model, and what changes with every step
@@ -73,7 +87,7 @@ def main(config: Config, dashboard: Dashboard) -> int:
     state = RunState(epoch=config.start_epoch)
     if checkpoint is not None:
         check_data(checkpoint, data)
-        state = learner.restore(checkpoint)
+        state = learner.restore(checkpoint, to_train=not config.test_only)
     runtime.say(f"{loaded}\n{data}\n{runtime}")
     if config.test_only:
         return test(config, data, learner)
@@ -82,30 +96,35 @@ def main(config: Config, dashboard: Dashboard) -> int:
     ahead = plan.ahead(state.epoch)
     reserved = rehearse(ahead, learner, len(data.train))
     data = with_store(config, data, runtime, reserved)  # decoded once; on the GPU if training leaves it room
+    if config.decode_cache == "auto":
+        config = replace(config, decode_cache=data.store_folder or "off")
     if checkpoint is not None:
         check_store(checkpoint, config, data)
     make_loader = partial(train_loader, config, data, runtime)
     samples = {stage.index: sample_grid(make_loader(stage), stage.epochs.start) for stage in ahead}
     log = RunLog()
     if runtime.is_main:
-        log = FolderLog(folder, config, plan, data.classes, samples, state.epoch, dashboard)
+        log = FolderLog(folder, config, plan, data.classes, samples, state.epoch, dashboard, checkpoint)
+    at_end.enter_context(log)
     runtime.say(str(plan))
     learning_rate = learning_rate_schedule(config)
     val_loader = eval_loader(config, data, runtime, config.val_crop_size)
     known: dict[str, Score] = {}  # at test size: of the weights as they are, and of the best
 
     # Algorithm 1: the stages and their epochs; weights, optimizer, schedule and EMA carry on
-    with stop, StageScheduler(make_loader, learner.copies.values(), ahead) as scheduler, closing_loader(val_loader):
+    scheduler = StageScheduler(make_loader, learner.copies.values(), ahead)
+    with stop.patiently(), scheduler, closing_loader(val_loader):
         for stage in ahead:
             loader = scheduler.enter(stage)
-            learner.enter_stage(stage.image_size, loader.batch_sizes)
+            learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes)
             for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):
                 progress = Progress(stage, epoch, config, state.step, len(loader), show=runtime.is_main)
                 finished = train_one_epoch(learner, loader, state, learning_rate, progress, stop)
+                scores: dict[str, Score] = {}
+                if finished and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
+                    scores = evaluate(learner.copies, val_loader, learner.criterion, runtime, stop)
+                    finished = bool(scores)  # else asked to stop: evaluated when the run goes on
                 if finished:
-                    scores: dict[str, Score] = {}
-                    if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-                        scores = evaluate(learner.copies, val_loader, learner.criterion, runtime)
                     improved = state.note_best(scores)
                     progress.conclude(log.epoch(stage, state, learner, scores))
                     known = {name: score for name, score in known.items() if name == "best"} | scores
@@ -113,10 +132,14 @@ def main(config: Config, dashboard: Dashboard) -> int:
                         known["best"] = scores[state.best_weights]
                         log.save_best(learner, state, known["best"])
                     state.next_epoch()
-                log.save_checkpoint(learner, state, data)
-                if not finished or (stop() and state.epoch < config.epochs):
-                    where = shlex.quote(config.output_dir)
-                    runtime.say(f"stopped: {stop.reason}; saved, `--resume auto --output-dir {where}` continues")
+                stopping = not finished or (stop() and (stop.asked or state.epoch < config.epochs))
+                log.save_checkpoint(learner, state, data, always=stopping or state.epoch == stage.epochs.stop)
+                stop.resumable = stop.resumable or runtime.is_main
+                if stopping:
+                    log.wait()
+                    if stop.failure is not None:
+                        raise stop.failure
+                    runtime.say(f"stopped: {stop.reason}; saved, {how_to_continue(config)}")
                     return 3
 
     # The final and the best weights, at the sizes they were trained at and at test size
@@ -144,15 +167,16 @@ def train_one_epoch(
     `state` then holds where the epoch stands, its losses summed over all processes.
 
     Raises:
-        NonFiniteLoss: naming the step; noticed when the loss is next read, after at most print_freq steps.
+        NonFiniteLoss: naming the step; noticed when the loss is next looked at, after at most 2 print_freq steps.
     """
     runtime, ema = learner.runtime, learner.ema
     losses = TrainingLoss(state, runtime, progress.title)
+    set_learning_rate(learner.optimizer, learning_rate(state.epoch + max(state.step - 1, 0) / len(loader)))
     if ema is not None:
         ema.begin_epoch(state.epoch, loader.images_per_step)
     learner.net.train()
     started, cpu_before, asked_to_stop = time.perf_counter(), cpu_seconds(), False
-    for step, images, targets in loader.epoch(state.epoch, state.step):
+    for step, images, targets in stop.while_they_come(loader.epoch(state.epoch, state.step)):
         runtime.draw_from(state.epoch, step)  # dropout and stochastic depth, so that a resume repeats them
         set_learning_rate(learner.optimizer, learning_rate(state.epoch + step / len(loader)))
         loss = learner.step(images, targets)
@@ -168,21 +192,31 @@ def train_one_epoch(
     state.train_seconds += time.perf_counter() - started
     state.cpu_seconds += cpu_seconds() - cpu_before
     state.wait_seconds += loader.wait_seconds
-    return not asked_to_stop
+    return not asked_to_stop and stop.failure is None
 
 
 @torch.inference_mode()
 def evaluate(
-    copies: Mapping[str, nn.Module], loader: DataLoader, criterion: nn.Module, runtime: Runtime
+    copies: Mapping[str, nn.Module],
+    loader: DataLoader | EvalOnDevice,
+    criterion: nn.Module,
+    runtime: Runtime,
+    stop: Stop | None = None,
 ) -> dict[str, Score]:
     """Measure accuracy, loss and confusions of each of `copies` (the model, its EMA) on the whole set.
 
     They take one pass together, on all processes; each image is counted once.
+
+    Returns: scores by copy; none if asked to stop meanwhile, for which the time budget does not count.
     """
+    stop = stop or Stop(runtime)
     scores = {name: Score(runtime) for name in copies}
     for model in copies.values():
         share_buffers(model, runtime).eval()
-    for images, targets in loader:
+    num_shared = batches_of_all(loader, runtime)  # at which processes agree on whether to stop
+    for step, (images, targets) in enumerate(stop.while_they_come(loader)):
+        if step < num_shared and stop(step, budget=False):
+            return {}
         images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
         targets = targets.to(runtime.device, non_blocking=True)
         for name, model in copies.items():
@@ -190,6 +224,8 @@ def evaluate(
                 output = model(images)  # (N, K)
                 loss = criterion(output, targets)
             scores[name].add(output, targets, loss)
+    if stop.failure is not None:
+        return {}
     return {name: score.gather() for name, score in scores.items()}
 
 
@@ -240,30 +276,50 @@ def show_plan(plan: Plan, form: str) -> None:
         print(json.dumps(plan.as_dict(), indent=2) if form == "json" else plan)
 
 
+def how_to_continue(config: Config) -> str:
+    return f"`--resume auto --output-dir {shlex.quote(config.output_dir)}` continues"
+
+
 def run(argv: Sequence[str]) -> int:
     """Run the program: settings, then plan or training; return the exit status.
 
     What a user can mend is told in one line, without a traceback.
     """
+    config = None
     try:
-        config = find_settings(argv, check_model)
-        if config.plan is not None:
-            show_plan(make_plan(config), config.plan)
-            return 0
-        with find_dashboard(config) as dashboard:
-            return main(config, dashboard)
+        with interruptible():
+            config = find_settings(argv, check_model)
+            if config.plan is not None:
+                show_plan(make_plan(config), config.plan)
+                return 0
+            with find_dashboard(config) as dashboard, ExitStack() as at_end:
+                return main(config, dashboard, at_end)
     except ConfigError as error:
         tell(error)
         return 2
-    except NonFiniteLoss as error:
-        tell(error)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if config is None or not getattr(error, "resumable", False):
+            tell(f"stopped: {error}; nothing was saved")
+            return 1
+        tell(f"stopped: {error}; what was saved before stays, {how_to_continue(config)}")
+        return 3
+    except Exception as error:
+        tell(f"error: {told(error, config)}")
         return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def told(error: Exception, config: Config | None) -> str:
+    """Say in one line what an error was and what helps; keep its traceback, or show it with `debug`."""
+    line = one_line(error)
+    if config is not None and config.debug:
+        traceback.print_exc()
+    elif line is None and config is not None:
+        path = RunFolder(config.output_dir).note_error(int(os.environ.get("RANK", "0")))
+        return f"{type(error).__name__}: {first_line(error)}; {f'its traceback is in {path}' if path else '--debug shows where'}"
+    return line or f"{type(error).__name__}: {first_line(error)}"
 
 
 if __name__ == "__main__":

@@ -50,6 +50,14 @@ def first_and_last(value: Any) -> tuple[float, float] | None:
     return float(values[0]), float(values[-1])
 
 
+def comparison(study: str, rows: Sequence[Row], condition: str) -> tuple[str, str]:
+    """Find the column that counts for a condition, and the condition it is compared with, as the study's file says."""
+    content = study_file(study)
+    own = (content.get("conditions") or {}).get(condition) or {}
+    control = own.get("control", content.get("control", rows[0]["condition"]))
+    return str(own.get("metric", content.get("metric", "top1"))), str(control)
+
+
 def data_set(condition: str) -> str:
     """Find which data a condition of a study of several is about: its name up to a colon or comma."""
     return condition.replace(":", ",").split(",")[0]

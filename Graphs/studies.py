@@ -219,7 +219,8 @@ def every_seed(rows: Sequence[Row], group: Callable[[Row], str] | None = None) -
     middles = grouped(averages).mark_point(filled=True, size=130, shape="diamond", opacity=1).encode(
         alt.X("mean:Q"), y, color=shade, tooltip=ESTIMATE
     )  # fmt: skip
-    return layered(dots, bars, middles, height=36 * len(names))
+    lines = max(name.count(", ") + 1 for name in names)  # of a label
+    return layered(dots, bars, middles, height=max(36, 14 * lines + 6) * len(names))
 
 
 def by_data_set(rows: Sequence[Row]) -> alt.LayerChart:
@@ -241,24 +242,26 @@ def parallel(rows: Sequence[Row]) -> alt.LayerChart:
     columns["relative cost"] = [row["relative_cost"] for row in rows]
     columns[unit] = [spent(row) for row in rows]
     columns[MEASURE] = [measure(row) for row in rows]
-    kept = {
-        name: [float(value) for value in values if value is not None]
-        for name, values in columns.items()
-        if None not in values and len(set(values)) > 1
-    }
-    axes, lines = list(kept), []
-    for i, row in enumerate(rows):
-        for axis, values in kept.items():
-            place = (values[i] - min(values)) / (max(values) - min(values))
-            run = {"run": i, "condition": row["condition"], "seed": row["seed"]}
-            lines.append(run | {"axis": axis, "at": place, "value": values[i]})
-    ticks = [
-        {"axis": axis, "at": (value - min(values)) / (max(values) - min(values)), "text": f"{value:.4g}"}
-        for axis, values in kept.items()
-        for value in (sorted(set(values)) if len(set(values)) <= 6 else (min(values), max(values)))
-    ]
+    kept: dict[str, list[float]] = {}
+    for name, values in columns.items():
+        known = [float(value) for value in values if value is not None]
+        if len(known) == len(rows) and len(set(known)) > 1 and known not in kept.values():  # not twice the same axis
+            kept[name] = known
+    places = {axis: [(value - min(some)) / (max(some) - min(some)) for value in some] for axis, some in kept.items()}
+    lines = [
+        {"run": i, "condition": row["condition"], "seed": row["seed"], "axis": axis, "at": places[axis][i], "value": kept[axis][i]}
+        for i, row in enumerate(rows)
+        for axis in kept
+    ]  # fmt: skip
+    ticks = []
+    for axis, some in kept.items():
+        shown = dict(zip(some, places[axis]))
+        least, most = min(shown), max(shown)
+        for value, place in sorted(shown.items()):
+            if len(shown) <= 6 or value in (least, most):
+                ticks.append({"axis": axis, "at": place, "text": f"{value:.4g}"})
     words = alt.Axis(labelAngle=0, labelExpr="split(datum.label, ' ')", grid=True, gridColor=GREY, domain=False)
-    x = alt.X("axis:N", sort=axes, title=None, axis=words, scale=alt.Scale(type="point", padding=0.3))
+    x = alt.X("axis:N", sort=list(kept), title=None, axis=words, scale=alt.Scale(type="point", padding=0.3))
     y = alt.Y("at:Q", axis=None)
     strokes = alt.Chart(data(lines)).mark_line(opacity=0.6, strokeWidth=1.5).encode(
         x, y, colour(conditions_of(rows)), detail="run:N"
@@ -275,6 +278,8 @@ def by_magnitude(rows: Sequence[Row]) -> alt.LayerChart:
     """Draw accuracy against RandAugment's magnitude: a colour for each image size and scale, seeds, mean and interval."""
     kept = []
     for row in rows:
+        if "auto_augment" in row and row["auto_augment"] != "ra":
+            continue  # a magnitude that does nothing
         sizes, magnitudes = first_and_last(row.get("train_crop_size")), first_and_last(row.get("ra_magnitude"))
         if magnitudes is not None and magnitudes[0] == magnitudes[1]:
             size = f"{sizes[-1]:.0f} px" if sizes else "one size"
@@ -332,16 +337,21 @@ def throughput(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.LayerChart:
 
 EVERY_SEED = Kind("", "Every seed, mean and 95 % interval", every_seed)
 PARALLEL = Kind("parallel", "Parallel coordinates of all runs", parallel, room=58)
+SCHEDULES_COMPARED = (
+    Kind("time", "Accuracy against training time", accuracy_over_time),
+    Kind("epochs", "Accuracy over epochs", accuracy_over_epochs, epochs=True),
+    Kind("throughput", "Throughput by stage", throughput, epochs=True),
+)
 KINDS: dict[str, tuple[Kind, ...]] = {
-    "reproduce": (
-        Kind("time", "Accuracy against training time", accuracy_over_time),
-        Kind("epochs", "Accuracy over epochs", accuracy_over_epochs, epochs=True),
-        Kind("throughput", "Throughput by stage", throughput, epochs=True),
-    ),
+    "reproduce": SCHEDULES_COMPARED,
+    "staged_192px": SCHEDULES_COMPARED,
     "epochs": (EVERY_SEED, Kind("time", "Accuracy against training time", accuracy_over_time), PARALLEL),
     "dropout": (EVERY_SEED, PARALLEL),
     "image_size": (EVERY_SEED, PARALLEL),
-    "ra_magnitude": (Kind("", "RandAugment magnitude by image size", by_magnitude),),
+    "ra_magnitude": (
+        Kind("", "RandAugment magnitude by image size", by_magnitude),
+        Kind("conditions", "Every seed, mean and 95 % interval", every_seed),
+    ),
     "transfer": (Kind("", "From scratch or trained weights", by_data_set),),
 }
 NAMES = {("reproduce", "epochs"): "ImageNetTE-EfficientNetV2-S"}  # as the original study called it

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from Graphs.marks import markdown
-from Graphs.rows import ROOT, STUDIES, data_set, minutes, study_file
+from Graphs.rows import ROOT, STUDIES, comparison, data_set, minutes, study_file
 from reporting.folder import RunFolder
 from settings.resolve import resolve
 from settings.table import DEFAULTS, SCHEDULES, SETTINGS, show
@@ -14,7 +14,7 @@ from studies.rows import Row, read_rows
 from studies.statistics import Estimate, difference, mean_of
 
 OUTPUT = "output.txt"  # what a run in results/ printed
-STUDY_NAMES = ("reproduce", "epochs", "dropout", "image_size", "ra_magnitude", "transfer")
+STUDY_NAMES = ("reproduce", "staged_192px", "epochs", "dropout", "image_size", "ra_magnitude", "transfer")
 LABELS = {
     "top1": "top-1 %", "top1_ema": "top-1 % of the average", "best_top1": "best top-1 %",
     "held_out_top1": "test images: top-1 %", "auc": "AUC", "sensitivity": "sensitivity", "specificity": "specificity",
@@ -117,25 +117,26 @@ class Tables:
     def conditions_table(self, study: str, rows: Sequence[Row]) -> str:
         """Build the table of a study's conditions, each with its config and its rows."""
         unit, spent = minutes(rows)
-        metric = study_file(study).get("metric", "top1")
-        measured = [
-            column for column in HELD_OUT if column != metric and any(row.get(column) is not None for row in rows)
-        ]
+        conditions = list(dict.fromkeys(row["condition"] for row in rows))
+        compared = {name: comparison(study, rows, name) for name in conditions}
+        metrics = list(dict.fromkeys(metric for metric, _ in compared.values()))
+        beside = [name for name in HELD_OUT if name not in metrics and any(row.get(name) is not None for row in rows)]
         places: dict[str, list[int]] = {}
         for line, row in enumerate(self.rows(study), 2):  # in the file, below the heads
             places.setdefault(row["condition"], []).append(line)
         lines = []
-        for name in dict.fromkeys(row["condition"] for row in rows):
+        for name in conditions:
             place = f"{self.up}results/{study}.csv#L{places[name][0]}-L{places[name][-1]}"
-            control = control_of(study, rows, name)
+            metric, control = compared[name]
             found = None if control == name else difference(rows, name, control, metric)
             taken = sum(spent(row) for row in rows if row["condition"] == name) / len(places[name])
             lines.append([
                 f"[{name}]({self.up}{STUDIES}/{study}.yaml)", f"[{len(places[name])}]({place})",
-                estimate_text(mean_of(rows, name, metric)), verdict(found, control), f"{taken:.1f}",
-                *(estimate_text(mean_of(rows, name, column)) for column in measured),
+                *(estimate_text(mean_of(rows, name, column)) if column == metric else "" for column in metrics),
+                verdict(found, control), f"{taken:.1f}",
+                *(estimate_text(mean_of(rows, name, column)) for column in beside),
             ])  # fmt: skip
-        heads = ["condition", "runs", f"{LABELS[metric]}, 95 % interval", "difference, paired by seed", f"{unit} of training", *(LABELS[column] for column in measured)]  # fmt: skip
+        heads = ["condition", "runs", *(f"{LABELS[metric]}, 95 % interval" for metric in metrics), "difference, paired by seed", f"{unit} of training", *(LABELS[column] for column in beside)]  # fmt: skip
         return markdown(heads, lines)
 
     def verdicts(self) -> str:
@@ -145,10 +146,10 @@ class Tables:
             chosen = self.run_as(study)
             if chosen is None:
                 continue
-            rows, metric = self.rows(chosen), study_file(chosen).get("metric", "top1")
+            rows = self.rows(chosen)
             apart, undecided = [], []
             for name in dict.fromkeys(row["condition"] for row in rows):
-                control = control_of(chosen, rows, name)
+                metric, control = comparison(chosen, rows, name)
                 found = None if name == control else difference(rows, name, control, metric)
                 if found is not None and not found.undecided:
                     apart.append(f"*{name}* {estimate_text(found, '+.2f')} {against(control)}")
@@ -219,15 +220,6 @@ def verdict(found: Estimate | None, control: str) -> str:
 
 def against(control: str) -> str:
     return f"against {control}"
-
-
-def control_of(study: str, rows: Sequence[Row], condition: str) -> str:
-    """Find what a condition is compared with: in a study of several data sets, the first condition of the same one."""
-    conditions = list(dict.fromkeys(row["condition"] for row in rows))
-    if study.removesuffix("_small") == "transfer":
-        return next(name for name in conditions if data_set(name) == data_set(condition))
-    control = study_file(study).get("control")
-    return str(control) if control in conditions else conditions[0]
 
 
 # ---- settings and plans ----

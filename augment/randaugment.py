@@ -67,7 +67,8 @@ def translate(image: Any, x: float, y: float, interpolation: InterpolationMode) 
 
 def sharpen(image: Any, factor: float) -> Any:
     """Adjust the sharpness of an image: factor 0 blurs it, 1 leaves it as it is."""
-    if isinstance(image, Tensor) and image.ndim == 4:  # on a CPU its convolution is faster so, copies included
+    if isinstance(image, Tensor) and image.ndim == 4 and not image.is_cuda:
+        # On a CPU its convolution is faster so, copies included. cuDNN would search anew for each number of images.
         image = image.contiguous(memory_format=torch.channels_last)
     return F.adjust_sharpness(image, factor)
 

@@ -8,10 +8,9 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import PIL
 import psutil
 import torch
 import torchvision
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts run in place; the program's modules lie one folder up
@@ -30,6 +28,8 @@ from settings.errors import ConfigError  # noqa: E402
 from utils import find_device  # noqa: E402
 
 Measures = dict[str, Any]
+
+EAGER = ["--cuda-graphs", "off"]  # have train.py launch a step's kernels one by one, on a GPU too
 
 # ---- command line ----
 
@@ -77,10 +77,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return args
 
 
-def machine_flags(args: argparse.Namespace) -> list[str]:
+def machine_flags(device: str) -> list[str]:
     """List what train.py is told on this device, before the flags that follow `--`."""
-    flags = ["--device", args.device, "--channels-last"]
-    return flags + ["--amp"] if find_device(args.device, 0).type == "cuda" else flags
+    flags = ["--device", device, "--channels-last"]
+    return flags + ["--amp"] if find_device(device, 0).type == "cuda" else flags
 
 
 def run(main: Callable[[argparse.Namespace], list[Measures]], args: argparse.Namespace) -> int:
@@ -124,20 +124,25 @@ def save(args: argparse.Namespace, rows: Sequence[Measures]) -> None:
     """
     left_out = ("json", "scratch", "device", "benchmark")
     settings = {name: portable(value) for name, value in vars(args).items() if name not in left_out}
-    origin = {
-        "benchmark": args.benchmark,
-        "settings": settings,
-        "machine": machine(args.device),
-        "versions": versions(),
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    lines = [json.dumps(row) for row in [*read_rows(args.json), *({**row, **origin} for row in rows)]]
+    source = origin(args.benchmark, settings, args.device)
+    lines = [json.dumps(row) for row in [*read_rows(args.json), *({**row, **source} for row in rows)]]
     os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
     with open(f"{args.json}.tmp", "w", encoding="utf-8") as file:
         file.write("[\n" + ",\n".join(lines) + "\n]\n")  # a row a line: a diff shows what was added
     os.replace(f"{args.json}.tmp", args.json)
     print(f"{len(rows)} rows added to {args.json}")
+
+
+def origin(benchmark: str, settings: Mapping[str, Any], device: str) -> Measures:
+    """Collect what every row says of where it comes from."""
+    return {
+        "benchmark": benchmark,
+        "settings": settings,
+        "machine": machine(device),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def portable(value: Any) -> Any:
@@ -345,46 +350,3 @@ def answer(sender: Any, function: Callable[..., Any], args: tuple) -> None:
         sender.send(function(*args))
     except ConfigError as error:
         sender.send(error)
-
-
-# ---- data ----
-
-
-@contextmanager
-def image_tree(data: str, limit: int, scratch: str | None = None) -> Iterator[str]:
-    """Make a temporary folder of links to at most `limit` images of folder `data`; yield its path.
-
-    It has `train/` and `val/`. In `val/` lies the first image of each class, so that evaluation costs nothing.
-
-    data: with `train/` in it, with one folder per class, or flat, which is then one class
-
-    Raises:
-        ConfigError: no such folder, no images.
-    """
-    root = Path(data, "train") if Path(data, "train").is_dir() else Path(data)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
-        raise ConfigError(f"--data {data}: no images there; give a folder of images, in class folders or not")
-    limit = min(limit, len(files))
-    files = [files[i * len(files) // limit] for i in range(limit)]
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="benchmark-", dir=scratch)
-    except OSError as error:
-        raise ConfigError(f"--scratch {scratch}: {error.strerror}; give a folder that can be written to") from error
-    with folder as tree:
-        for number, file in enumerate(files):
-            parts = file.relative_to(root).parts
-            name = parts[0] if len(parts) > 1 else "images"
-            for split in ("train", "val"):
-                place = Path(tree, split, name)
-                if split == "val" and place.is_dir():
-                    continue
-                place.mkdir(parents=True, exist_ok=True)
-                (place / f"{number:07}_{file.name}").symlink_to(file.resolve())
-        yield tree
-
-
-def read_files(tree: str) -> None:
-    """Read every training image once, so that all ways find the files in memory."""
-    for path in Path(tree, "train").rglob("*.*"):
-        path.read_bytes()

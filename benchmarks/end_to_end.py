@@ -31,10 +31,12 @@ from typing import Any
 
 import common
 import torch
+import trees
 from loader import ReferenceLoader
 from step import ResidentBatches, train_epoch
 
 from learning.learner import build_learner
+from reporting.folder import RunFolder
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from stages import plan_stages, set_drop_rates
@@ -65,12 +67,6 @@ def run_training(flags: Sequence[str], folder: str, uuid: str | None = None) -> 
         raise ConfigError(f"train.py ended with status {done.returncode}: {lines[-1].removeprefix('error: ')}")
 
 
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """Read the lines of metrics.jsonl that a run has written so far."""
-    path = Path(folder, "metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def watch_gpu(uuid: str | None, folder: str, finished: threading.Event) -> None:
     """Write samples of a GPU's utilisation to `folder`/utilisation, one a second until `finished`.
 
@@ -80,11 +76,11 @@ def watch_gpu(uuid: str | None, folder: str, finished: threading.Event) -> None:
     if uuid is None:
         return
     command = ["nvidia-smi", f"--id={uuid}", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-    samples = []
+    samples, run = [], RunFolder(folder)
     while not finished.wait(1.0):
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-            samples.append((len(read_metrics(folder)), float(done.stdout)))
+            samples.append((len(run.metrics()), float(done.stdout)))
         except (OSError, subprocess.SubprocessError, ValueError):
             break  # no nvidia-smi, or a slice of a GPU, whose utilisation it does not tell
     os.makedirs(folder, exist_ok=True)
@@ -96,7 +92,7 @@ def train(flags: Sequence[str], scratch: str, uuid: str | None) -> list[common.M
     with tempfile.TemporaryDirectory(dir=scratch) as parent:
         folder = os.path.join(parent, "run")
         run_training(flags, folder, uuid)
-        records = read_metrics(folder)
+        records = RunFolder(folder).metrics()
         watched = Path(folder, "utilisation")
         samples = json.loads(watched.read_text()) if watched.exists() else []
     rows = []
@@ -156,15 +152,15 @@ def main(args: argparse.Namespace) -> list[common.Measures]:
     uuid = None
     if device.type == "cuda":
         uuid = "GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-    with common.image_tree(args.data, args.limit, args.scratch) as tree:
+    with trees.image_tree(args.data, args.limit, args.scratch) as tree:
         num_classes = len(os.listdir(os.path.join(tree, "train")))
         sizes = args.image_sizes
-        flags = [*common.machine_flags(args), "--data-path", tree, "--decode-cache", os.path.join(tree, "store")]
+        flags = [*common.machine_flags(args.device), "--data-path", tree, "--decode-cache", os.path.join(tree, "store")]
         flags += ["--model", args.model, "--batch-size", *map(str, args.batch_size), "--workers", str(args.workers)]
         flags += ["--stages", str(len(sizes)), "--train-crop-size", *map(str, sizes)]
         flags += ["--epochs", str(args.epochs * len(sizes)), "--lr", "0.01", *args.flags]
         stages = plan_stages(resolve(flags))  # a mistake shows before anything runs
-        common.read_files(tree)
+        trees.read_files(tree)
         ways: dict[str, Callable[[], Any]] = {
             "train": partial(train, flags, tree, uuid),
             "ceiling": lambda: common.fresh_process(ceiling, flags, num_classes, args.steps)[0],

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import common
 import torch
+import trees
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -139,7 +140,7 @@ def compare(args: argparse.Namespace, tree: str) -> list[common.Measures]:
     workers = args.workers or 0
     if args.workers is None:
         torch.set_num_threads(1)
-    common.read_files(tree)
+    trees.read_files(tree)
     ways: dict[str, Callable[[], common.Measures]] = {}
     opened: list[TrainLoader] = []
     for way in args.ways:
@@ -201,7 +202,7 @@ def build_store(flags: Sequence[str]) -> float:
 
 def compare_building(args: argparse.Namespace, tree: str) -> list[common.Measures]:
     """Measure building the store against decoding every file once; print the table, return the rows."""
-    common.read_files(tree)
+    trees.read_files(tree)
     number = sum(1 for _ in Path(tree, "train").rglob("*.*"))
 
     store = os.path.join(tree, "store")
@@ -224,7 +225,7 @@ def compare_building(args: argparse.Namespace, tree: str) -> list[common.Measure
 
 
 def main(args: argparse.Namespace) -> list[common.Measures]:
-    with common.image_tree(args.data, args.limit, args.scratch) as tree:
+    with trees.image_tree(args.data, args.limit, args.scratch) as tree:
         return compare_building(args, tree) if args.build else compare(args, tree)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import common
 import torch
+import trees
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
@@ -94,7 +95,7 @@ def main(args: argparse.Namespace) -> list[common.Measures]:
     """Measure both ways for one and three epochs and print their table; return a row for each way."""
     with tempfile.TemporaryDirectory(prefix="overhead-", dir=args.scratch) as folder:
         link(args.data, Path(folder), args.images)
-        common.read_files(folder)
+        trees.read_files(folder)
         ways = {
             f"{way} {epochs}": partial(measure, way, epochs, Path(folder), args)
             for way in ("ours", "bare")

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import common
+import trees
 from end_to_end import run_training
 
 from settings.resolve import resolve
@@ -39,8 +40,8 @@ def measure(flags: Sequence[str], scratch: str) -> common.Measures:
 
 def main(args: argparse.Namespace) -> list[common.Measures]:
     """Measure both runs in turn and print their table; return a row for each."""
-    with common.image_tree(args.data, args.limit, args.scratch) as tree:
-        flags = [*common.machine_flags(args), "--data-path", tree, "--decode-cache", os.path.join(tree, "store")]
+    with trees.image_tree(args.data, args.limit, args.scratch) as tree:
+        flags = [*common.machine_flags(args.device), "--data-path", tree, "--decode-cache", os.path.join(tree, "store")]
         flags += ["--model", args.model, "--workers", str(args.workers), "--epochs", str(args.epochs), "--lr", "0.01"]
         flags += args.flags
         staged = [*flags, "--stages", str(args.stages), "--train-crop-size", *map(str, args.image_size)]
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace) -> list[common.Measures]:
         fixed = [*flags, "--train-crop-size", str(args.image_size[-1]), "--batch-size", str(args.batch_size[-1])]
         for one in (staged, fixed):
             resolve(one)  # a mistake shows before anything runs
-        common.read_files(tree)
+        trees.read_files(tree)
         ways = {"staged": partial(measure, staged, tree), "fixed": partial(measure, fixed, tree)}
         rounds = common.interleave(ways, args.repeats, discard=0)
     rows = [{"way": way, **common.medians(rounds[way])} for way in rounds]

@@ -6,7 +6,8 @@
 
 bare        forward, backward, optimizer: a loop written by hand
 ours        `train_one_epoch`, with all it does in a step: draws by key, learning rate, losses, progress, stop
-ours-ema    the same, with a moving average of the weights
+ours-eager  the same, each kernel launched by itself, which on a GPU else is one CUDA graph (--cuda-graphs off)
+ours-ema    as ours, with a moving average of the weights
 reference   the reference's style: loss.item(), top-1 and top-5 accuracy and meters in every step
 
 Then, for each size of --memory-sizes, the most memory that training at it takes: in a process that has
@@ -30,15 +31,18 @@ from torch import Tensor, nn
 from learning.learner import Learner, build_learner
 from learning.optim import learning_rate_schedule
 from learning.state import RunState
+from learning.stop import Stop
 from reporting import records
 from reporting.progress import Progress
 from settings.resolve import resolve
 from settings.table import Config
 from stages import Stage, plan_stages, set_drop_rates
 from train import train_one_epoch
-from utils import Runtime, Stop, start_runtime
+from utils import Runtime, start_runtime
 
 WAYS = ("bare", "ours", "ours-ema", "reference")
+ON_GPU = ("ours-eager",)  # of interest there alone
+OWN_FLAGS = {"ours": [], "ours-eager": common.EAGER, "ours-ema": ["--model-ema"]}  # of train.py, for each way of ours
 
 
 class ResidentBatches:
@@ -123,8 +127,8 @@ def reference_steps(
 
 def compare(args: argparse.Namespace) -> list[common.Measures]:
     """Measure the ways in turn and print their table; return a row for each."""
-    config = resolve(train_flags(args, [args.image_size]))
-    ema_config = resolve([*train_flags(args, [args.image_size]), "--model-ema"])
+    flags = train_flags(args, [args.image_size])
+    config = resolve(flags)
     runtime = start_runtime(config)
     stage = plan_stages(config)[0]
     batches = ResidentBatches(stage.image_size, stage.batch_size, args.steps, args.classes, runtime)
@@ -140,8 +144,8 @@ def compare(args: argparse.Namespace) -> list[common.Measures]:
 
     def prepare(way: str) -> Callable[[], object]:
         """Build the way's own model, with weights that are the same for all at first; return its steps."""
-        if way.startswith("ours"):
-            own_config = ema_config if way == "ours-ema" else config
+        if way in OWN_FLAGS:
+            own_config = resolve([*flags, *OWN_FLAGS[way]])
             learner, _ = build_learner(own_config, args.classes, None, runtime)
             learner.model.load_state_dict(first.state_dict())
             learner.enter_stage(stage.image_size, {stage.batch_size})
@@ -211,7 +215,15 @@ def train_flags(args: argparse.Namespace, sizes: Sequence[int]) -> list[str]:
 
     The learning rate is small: noise teaches nothing, and must not diverge.
     """
-    flags = [*common.machine_flags(args), "--model", args.model, "--batch-size", str(args.batch_size), "--lr", "0.001"]
+    flags = [
+        *common.machine_flags(args.device),
+        "--model",
+        args.model,
+        "--batch-size",
+        str(args.batch_size),
+        "--lr",
+        "0.001",
+    ]
     flags += ["--epochs", str(len(sizes)), "--stages", str(len(sizes)), "--train-crop-size", *map(str, sizes)]
     return flags + args.flags
 
@@ -230,7 +242,9 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--classes", type=common.positive, default=1000, help="of the model's head (default: 1000)")
     parser.add_argument("--steps", type=common.positive, default=20, help="of each way in each round (default: 20)")
     parser.add_argument("--repeats", type=common.positive, default=7, help="rounds (default: 7)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which ways (default: all)")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS + ON_GPU, default=list(WAYS), help="which ways (default: all but ours-eager)"
+    )
     parser.add_argument("--memory-sizes", nargs="*", type=common.positive, metavar="S", default=[64, 96, 128], help="sizes whose memory is measured; none: not (default: 64 96 128)")  # fmt: skip
     return common.parse(parser, argv)
 

@@ -2,6 +2,8 @@
 
     python benchmarks/tables.py
 
+Those of a GPU come from gpu.jsonl there, which is rows.jsonl of a folder of gpu.py, copied; several after one another.
+
 Each table stands between the marks `<!-- table NAME -->` and `<!-- end of table -->`, NAME as in TABLES. The rows of a
 benchmark's newest run with the same settings count.
 """
@@ -14,6 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from gpu_rows import by_card, measures, read_rows  # noqa: E402
 
 from Graphs.marks import markdown, write_tables  # noqa: E402
 
@@ -50,18 +54,52 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
         ("images", ".data", "{}"), ("sizes, px", ".image_size", "{}"), ("epochs", ".epochs", "{}"), ("way", "way", "{}"), ("training, s", "train_seconds", "{:.0f}"),
         ("relative cost", "relative_cost", "{:.3f}"), ("time ratio", "time_ratio", "{:.3f}"), ("over relative cost", "times_relative_cost", "{:.3f}"),
     )),
+    "gpu_ceilings": ("gpu", ("bfloat16 product", "memory, read and written", "upload from pinned memory", "launch of a kernel", "a kernel in a CUDA graph"), (
+        ("of", "way", "{}"), ("TFLOP/s", "tflops", "{:,.0f}"), ("GB/s", "gb_per_second", "{:,.0f}"), ("µs", "microseconds", "{:.2f}"),
+    )),
+    "gpu_whole": ("gpu", ("whole", "whole-eager"), (
+        ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("images/s", "images_per_second", "{:,.0f}"),
+        ("of the step alone", "share_of_ceiling", "{:.2f}"), ("waiting", "data_wait_fraction", "{:.1%}"), ("times the reference's loading", "times_reference", "{:.2f}"),
+    )),
+    "gpu_step": ("gpu", ("bare", "ours", "ours-eager", "reference"), (
+        ("model", ".model", "{}"), ("batch", ".batch_size", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("images/s", "images_per_second", "{:,.0f}"),
+        ("times the bare loop's time", "times_bare", "{:.2f}"), ("of bfloat16 products", "share_of_product", "{:.1%}"), ("of memory, at least", "share_of_memory", "{:.1%}"),
+    )),
+    "gpu_batch": ("gpu", ("batch",), (
+        ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("batch", "batch_size", "{}"), ("images/s", "images_per_second", "{:,.0f}"), ("memory, GiB", "gpu_memory_gib", "{:.1f}"),
+    )),
+    "gpu_profile": ("gpu", ("profile", "profile-eager"), (
+        ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("ms/step, profiled", "ms_per_step", "{:.1f}"),
+        ("kernels/step", "kernels_per_step", "{:,.0f}"), ("GPU idle", "idle_share", "{:.1%}"),
+    )),
+    "gpu_progressive": ("gpu", ("staged", "fixed"), (
+        ("sizes, px", ".sizes", "{}"), ("epochs", ".staged_epochs", "{}"), ("way", "way", "{}"), ("training, s", "train_seconds", "{:.1f}"),
+        ("relative cost", "relative_cost", "{:.3f}"), ("time ratio", "time_ratio", "{:.3f}"), ("over relative cost", "times_relative_cost", "{:.3f}"),
+    )),
 }  # fmt: skip
 
 
+def rows_of(file: str) -> list[dict[str, Any]]:
+    """Read the rows of a benchmark; none if it has not run."""
+    path = RESULTS / f"{file}.json"
+    if file == "gpu":
+        rows = read_rows(RESULTS / "gpu.jsonl")
+        return [row for of_card in by_card(rows).values() for row in measures(of_card)]
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def newest(rows: list[dict[str, Any]], ways: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Choose the latest row of each (settings, machine, way, size).
+    """Choose the latest row of each (settings, machine, way, size, batch).
 
     They come in the order in which the settings first came.
     """
     kept: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["way"] in ways:
-            key = json.dumps([row["settings"], row["machine"], row["way"], row.get("image_size")], sort_keys=True)
+            key = json.dumps(
+                [row["settings"], row["machine"], row["way"], row.get("image_size"), row.get("batch_size")],
+                sort_keys=True,
+            )
             kept[key] = row
     return list(kept.values())
 
@@ -69,8 +107,7 @@ def newest(rows: list[dict[str, Any]], ways: tuple[str, ...]) -> list[dict[str, 
 def table(name: str) -> str:
     """Format one of TABLES in Markdown, with the machine and the versions its rows come from."""
     file, ways, columns = TABLES[name]
-    path = RESULTS / f"{file}.json"
-    rows = newest(json.loads(path.read_text()), ways) if path.exists() else []
+    rows = newest(rows_of(file), ways)
     if not rows:
         return f"Not measured yet: `python benchmarks/{file}.py --help`."
     shown = [column for column in columns if any(look_up(row, column[1]) is not None for row in rows)]

@@ -17,6 +17,8 @@ html_static_path = [f"../Graphs/{name}" for name in ("vega.js", "figures.js", "f
 exclude_patterns = ["_build"]
 pygments_style, pygments_dark_style = "default", "monokai"
 
+ELSEWHERE = {"index": "README.md", "benchmarks": "benchmarks/README.md"}  # what a page begins with
+
 LINK = re.compile(r"(?<!!)\[((?:[^][]|!\[[^]]*\]\([^)]*\))*)\]\(([^)\s]+)\)")
 PICTURE = re.compile(r"\[!\[[^]]*\]\([^)]*\)\]\((?:\.\./)?Graphs/([\w.-]+)\.html\)")
 
@@ -24,9 +26,10 @@ PICTURE = re.compile(r"\[!\[[^]]*\]\([^)]*\)\]\((?:\.\./)?Graphs/([\w.-]+)\.html
 def as_page(app, name, source):
     """Turn a page that is written for the repository into one of the site."""
     folder = ROOT / "docs"
-    if name == "index":
-        source[0], folder = (ROOT / "README.md").read_text(encoding="utf-8") + "\n" + source[0], ROOT
-        app.env.note_dependency(str(ROOT / "README.md"))
+    if name in ELSEWHERE:
+        file = ROOT / ELSEWHERE[name]
+        source[0], folder = file.read_text(encoding="utf-8") + "\n" + source[0], file.parent
+        app.env.note_dependency(str(file))
     text = PICTURE.sub(lambda found: f"\n{figure(app, found[1])}\n", source[0])
     source[0] = LINK.sub(lambda found: link(found[1], found[2], folder), text)
 

@@ -34,11 +34,13 @@ class Data:
     """Training and validation images, which share `classes`: the names, in the order of their numbers.
 
     store_side: short side of images out of a decode-once store, pixels; None without one
+    store_folder: where that lies
     """
 
     train: Images
     val: Images
     store_side: int | None = None
+    store_folder: str | None = None
 
     @property
     def classes(self) -> list[str]:

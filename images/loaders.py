@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose
+from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 
 from augment.pixels import denormalise
-from images.datasets import Data, Images
+from images.datasets import Data
+from images.decode import check_decoder
+from images.evaluation import EvalImages, EvalOnDevice
 from images.order import DrawSampler
 from images.sources import Source, find_source
+from images.store import StoredImages
 from images.workers import make_loader
 from presets import batch_mix, eval_preset, stage_preset
 from settings.errors import ConfigError
@@ -27,26 +28,6 @@ from settings.table import Config
 if TYPE_CHECKING:
     from stages import Stage
 from utils import MIX, Runtime, drawing_from
-
-
-class EvalImages(Dataset):
-    """One process's share of the validation images, under a fixed transform.
-
-    It is every world_size-th image from number `rank` on, so that no image is evaluated twice.
-    """
-
-    def __init__(self, images: Images, transform: Compose, rank: int, world_size: int):
-        self.images = images
-        self.transform = transform
-        self.indices = range(rank, len(images), world_size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, target = self.images[self.indices[index]]
-        return self.transform(image), target
-
 
 # ---- training ----
 
@@ -58,6 +39,7 @@ class TrainLoader:
     mixes.
 
     epochs: of the stage; after an epoch's last step the workers go on with the first of the next
+    soft_classes: number of classes K, if the stage mixes
     wait_seconds: time the last epoch's loop has spent waiting for images
     when_drained: called once, when the last step of `epochs` has been handed to the workers
     """
@@ -69,18 +51,19 @@ class TrainLoader:
         runtime: Runtime,
         *,
         mix: nn.Module | None = None,
+        soft_classes: int | None = None,
         epochs: range = range(0),
     ):
         self.source = source
         self.sampler = sampler
         self.mix = mix
+        self.soft_classes = soft_classes
         self.runtime = runtime
         self.epochs = epochs
         self.wait_seconds = 0.0
         self.when_drained: Callable[[], None] | None = None
         self.iterator: Iterator[Any] = iter(())
         self.position: tuple[int, int] | None = None  # epoch and step of what `iterator` gives next
-        self.stream = torch.cuda.Stream(runtime.device) if runtime.device.type == "cuda" else None
 
     def __len__(self) -> int:
         """Count the steps of a whole epoch."""
@@ -122,20 +105,18 @@ class TrainLoader:
     def prepare(self, loaded: Any, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Move a loaded batch to the device, augment and mix it.
 
-        On a GPU this runs in a stream of its own: the step before, which is queued already, goes on meanwhile.
+        On a GPU the step before, which is queued already, goes on meanwhile.
         """
-        with torch.cuda.stream(self.stream):  # does nothing without one
+
+        def finish() -> tuple[Tensor, Tensor]:
             images, targets = self.source.finish(loaded)
             images = images.to(memory_format=self.runtime.memory_format)
             if self.mix is not None:
                 with drawing_from(self.sampler.seed, epoch, step, self.runtime.rank, MIX):
                     images, targets = self.mix(images, targets)
-        if self.stream is not None:
-            training = torch.cuda.current_stream(self.runtime.device)
-            training.wait_stream(self.stream)
-            for tensor in (images, targets):  # their memory is reused only when training is done with it
-                tensor.record_stream(training)
-        return images, targets
+            return images, targets
+
+        return self.runtime.aside(finish)
 
     def close(self) -> None:
         """Stop loading, and end the workers."""
@@ -149,8 +130,9 @@ def train_loader(config: Config, data: Data, runtime: Runtime, stage: "Stage") -
     repeats = config.ra_reps if config.ra_sampler else 1
     sampler = DrawSampler(len(data.train), stage.batch_size, config.seed, runtime.rank, runtime.world_size, repeats)
     mix = batch_mix(stage.mixup_alpha, stage.cutmix_alpha, len(data.classes))
+    soft_classes = None if mix is None else len(data.classes)
     source = find_source(data.train, transform, config.seed, runtime, config.workers, config.decode_on == "device")
-    return TrainLoader(source, sampler, runtime, mix=mix, epochs=stage.epochs)
+    return TrainLoader(source, sampler, runtime, mix=mix, soft_classes=soft_classes, epochs=stage.epochs)
 
 
 def augment_on(config: Config, runtime: Runtime) -> str:
@@ -171,26 +153,40 @@ def augment_on(config: Config, runtime: Runtime) -> str:
         way = "device" if on_cuda and batched and not own_way else "worker"
     if config.decode_on == "device" and not (on_cuda and way == "device" and config.dataset != "digits"):
         raise ConfigError("decode_on device needs image files, a CUDA GPU and augment_on device; leave it out")
+    if config.decode_on == "device":
+        check_decoder(runtime.device)
     return way
 
 
 # ---- evaluation, pictures ----
 
 
-def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) -> DataLoader:
+def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) -> DataLoader | EvalOnDevice:
     """Build the loader of this process's share of the validation images, at `crop_size`.
 
-    Images are resized in proportion: as val_resize_size is to val_crop_size.
+    Images are resized in proportion: as val_resize_size is to val_crop_size. On a GPU, where training images are augmented
+    on the device, stored ones are resized there too; else workers do it.
     """
+    resize_size = round(crop_size * config.val_resize_size / config.val_crop_size)
+    batch_size = int(max(config.batch_size))
+    on_cuda = runtime.device.type == "cuda"
+    if on_cuda and isinstance(data.val, StoredImages) and augment_on(config, runtime) == "device":
+        return EvalOnDevice(data.val, runtime, crop_size=crop_size, resize_size=resize_size, batch_size=batch_size)
     transform = eval_preset(
         crop_size=crop_size,
-        resize_size=round(crop_size * config.val_resize_size / config.val_crop_size),
+        resize_size=resize_size,
         interpolation=config.interpolation,
         backend=config.backend,
         use_v2=config.use_v2,
     )
     images = EvalImages(data.val, transform, runtime.rank, runtime.world_size)
-    return make_loader(images, runtime, config.workers, batch_size=int(max(config.batch_size)))
+    return make_loader(images, runtime, config.workers, batch_size=batch_size)
+
+
+def batches_of_all(loader: DataLoader | EvalOnDevice, runtime: Runtime) -> int:
+    """Count the full batches of validation images that every process has."""
+    images = loader.images if isinstance(loader, EvalOnDevice) else loader.dataset.images  # type: ignore[attr-defined]
+    return len(images) // runtime.world_size // (loader.batch_size or 1)
 
 
 def sample_grid(loader: TrainLoader, epoch: int, num_images: int = 16) -> Tensor:

@@ -1,7 +1,5 @@
 """Ways a batch of training images is made, each a `Source`: what workers load, and what the device makes of it."""
 
-import io
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,16 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, InterpolationMode
 
-from augment.batch import crop_batch, crop_tensor, to_device
-from augment.draws import FLIP, Array, uniforms
-from augment.pixels import crop_pil, to_rgb
+from augment.batch import crop_batch, crop_rows, crop_tensor, to_device
+from augment.draws import Array, uniforms
+from augment.pixels import crop_pil
 from images.datasets import Images, ImageTree, opened
+from images.decode import decode_batch
 from images.order import Draw, DrawSampler
 from images.store import StoredImages
 from images.workers import as_it_is, close_loader, make_loader
@@ -48,7 +45,7 @@ class DrawnImages(Dataset):
 class CroppedImages(Dataset):
     """Batches of images, cropped, resized and flipped as a batch preset draws; the rest is left to the device.
 
-    A batch is uint8 (N, 3, S, S), class numbers (N,), keys of the samples (N, 3).
+    A batch is uint8 (N, 3, S, S), class numbers (N,), what is left to do (`BatchPreset.choose`).
     """
 
     def __init__(self, images: Images, preset: BatchPreset, seed: int):
@@ -62,7 +59,7 @@ class CroppedImages(Dataset):
     def __getitems__(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
         """Load the batch of the samples with these keys."""
         size = self.preset.image_size
-        numbers = uniforms(self.seed, draws, slice(0, FLIP + 1))
+        numbers = uniforms(self.seed, draws)
         indices = [index for _, index, _ in draws]
         if isinstance(self.images, StoredImages):
             crops = self.from_store(self.images, indices, numbers)
@@ -74,7 +71,7 @@ class CroppedImages(Dataset):
         for i, (crop, target) in enumerate(crops):
             batch[i] = crop.flip(2) if flips[i] else crop
             targets[i] = target
-        return batch, targets, torch.tensor(draws)
+        return batch, targets, torch.from_numpy(self.preset.choose(numbers))
 
     def from_store(self, images: StoredImages, indices: list[int], numbers: Array) -> Iterator[tuple[Tensor, int]]:
         """Yield the crop (3, S, S) and the class number of each of `indices`, out of the store."""
@@ -97,7 +94,8 @@ class CroppedImages(Dataset):
 class Files(Dataset):
     """Batches of files as they are, for the device to decode.
 
-    A batch is the bytes of each file, a list of uint8 (n,), class numbers (N,), keys of the samples (N, 3).
+    A batch is the bytes of all files, one after the other, uint8 (B,); how many each has (N,); class numbers (N,); keys
+    of the samples (N, 3). One tensor, because each that a worker sends holds two file descriptors while it is under way.
     """
 
     def __init__(self, images: ImageTree):
@@ -106,7 +104,7 @@ class Files(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, draws: Sequence[Draw]) -> tuple[list[Tensor], Tensor, Tensor]:
+    def __getitems__(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Read the files of the samples with these keys.
 
         Raises:
@@ -114,41 +112,11 @@ class Files(Dataset):
         """
         paths, targets = zip(*(self.images.samples[index] for _, index, _ in draws))
         try:
-            files = [torch.from_numpy(np.fromfile(path, np.uint8)) for path in paths]
+            files = [np.fromfile(path, np.uint8) for path in paths]
         except OSError as error:
             raise ConfigError(f"{error.filename} cannot be read: {error.strerror}; mend or remove it") from error
-        return files, torch.tensor(targets), torch.tensor(draws)
-
-
-def decode_batch(files: Sequence[Tensor], paths: Sequence[str], device: torch.device) -> list[Tensor]:
-    """Decode a batch of files to images on `device`, each uint8 (H, W, 3).
-
-    JPEGs are decoded in one batch, by nvJPEG on CUDA. PIL decodes other formats on the host, and all of a batch with a
-    JPEG that was refused.
-
-    Raises:
-        ConfigError: a file cannot be read; the message names it.
-    """
-
-    def by_pil(file: Tensor, path: str) -> Tensor:
-        try:
-            return torch.from_numpy(np.array(to_rgb(Image.open(io.BytesIO(file.numpy().tobytes()))))).to(device)
-        except Exception as error:  # what PIL raises on a damaged file varies with the damage
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigError(f"{path} cannot be read as an image: {reason}; mend or remove it") from error
-
-    is_jpeg = [file[:3].tolist() == [0xFF, 0xD8, 0xFF] for file in files]
-    jpegs = [file for file, jpeg in zip(files, is_jpeg) if jpeg]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision moves decoding to another package
-            decoded = decode_jpeg(jpegs, ImageReadMode.RGB, device) if jpegs else []
-    except RuntimeError:
-        is_jpeg, decoded = [False] * len(files), []
-    ready = iter(decoded)
-    return [
-        next(ready).permute(1, 2, 0) if jpeg else by_pil(file, path) for file, path, jpeg in zip(files, paths, is_jpeg)
-    ]
+        lengths = torch.tensor([len(file) for file in files])
+        return torch.from_numpy(np.concatenate(files)), lengths, torch.tensor(targets), torch.tensor(draws)
 
 
 # ---- sources ----
@@ -230,9 +198,8 @@ class CroppedByWorkers(WorkerSource):
         super().__init__(CroppedImages(images, preset, seed), seed, runtime, workers, collate_fn=as_it_is)
 
     def finish(self, loaded: Any) -> tuple[Tensor, Tensor]:
-        images, targets, keys = loaded
-        numbers = uniforms(self.seed, keys.tolist())
-        return self.preset.finish(self.to_device(images), numbers), self.to_device(targets)
+        images, targets, choices = (self.to_device(part) for part in loaded)
+        return self.preset.finish(images, choices, self.runtime.memory_format), targets
 
     def samples(self, draws: Sequence[Draw]) -> Tensor:
         return self.finish(self.dataset.__getitems__(draws))[0].cpu()
@@ -244,18 +211,25 @@ class DecodedOnDevice(WorkerSource):
     def __init__(self, images: ImageTree, preset: BatchPreset, seed: int, runtime: Runtime, workers: int):
         self.images = images
         self.preset = preset
+        self.told = False  # that a JPEG was refused
         super().__init__(Files(images), seed, runtime, workers, collate_fn=as_it_is)
 
     def finish(self, loaded: Any) -> tuple[Tensor, Tensor]:
-        files, targets, keys = loaded
+        joined, lengths, targets, keys = loaded
         draws = keys.tolist()
         paths = [self.images.samples[index][0] for _, index, _ in draws]
-        decoded = decode_batch(files, paths, self.runtime.device)
+        decoded = decode_batch(joined.split(lengths.tolist()), paths, self.runtime.device, self.tell)
         heights, widths = np.array([image.shape[:2] for image in decoded]).T
         starts = np.cumsum(heights * widths) - heights * widths
         flat = torch.cat([image.reshape(-1, 3) for image in decoded])
-        images = augment_whole(flat, starts, heights, widths, self.preset, uniforms(self.seed, draws))
-        return images, self.to_device(targets)
+        numbers = uniforms(self.seed, draws)
+        return augment_whole(flat, starts, heights, widths, targets.numpy(), self.preset, numbers, self.runtime)
+
+    def tell(self, path: str, reason: str) -> None:
+        """Say, once, that PIL decodes what the device refuses."""
+        if not self.told:
+            self.runtime.say(f"decode_on device: {path} was refused ({reason}); PIL decodes such files, more slowly")
+        self.told = True
 
     def samples(self, draws: Sequence[Draw]) -> Tensor:
         return self.finish(self.dataset.__getitems__(draws))[0].cpu()
@@ -278,10 +252,10 @@ class ResidentOnDevice(Source):
         assert store.resident is not None
         indices = [index for _, index, _ in loaded]
         rows = store.index[indices]
-        images = augment_whole(
-            store.resident, rows["offset"] // 3, rows["height"], rows["width"], self.preset, uniforms(self.seed, loaded)
-        )
-        return images, to_device(np.array([store.targets[index] for index in indices]), self.runtime.device)
+        targets = np.array([store.targets[index] for index in indices])
+        place = (rows["offset"] // 3, rows["height"], rows["width"])
+        numbers = uniforms(self.seed, loaded)
+        return augment_whole(store.resident, *place, targets, self.preset, numbers, self.runtime)
 
     def samples(self, draws: Sequence[Draw]) -> Tensor:
         return self.finish(draws)[0].cpu()
@@ -291,14 +265,28 @@ class ResidentOnDevice(Source):
 
 
 def augment_whole(
-    flat: Tensor, starts: NDArray, heights: NDArray, widths: NDArray, preset: BatchPreset, numbers: Array
-) -> Tensor:
-    """Crop and augment whole images that lie one after the other on the device.
+    flat: Tensor,
+    starts: NDArray,
+    heights: NDArray,
+    widths: NDArray,
+    targets: NDArray,
+    preset: BatchPreset,
+    draws: Array,
+    runtime: Runtime,
+) -> tuple[Tensor, Tensor]:
+    """Crop and augment whole images that lie one after the other on the device; return them and their class numbers.
 
-    flat: (P, 3) uint8; starts, heights, widths: (N,) first pixel and size of each; numbers: (N, NUM_DRAWS)
+    All that the host has decided goes to the device in one copy.
+
+    flat: (P, 3) uint8; starts, heights, widths, targets: (N,) first pixel, size and class number of each
+    draws: (N, NUM_DRAWS)
     """
-    boxes = preset.boxes(numbers, heights, widths)
-    return preset.finish(crop_batch(flat, starts, widths, boxes, preset.flips(numbers), preset.image_size), numbers)
+    boxes = preset.boxes(draws, heights, widths)
+    rows = crop_rows(starts, widths, boxes, preset.flips(draws))
+    packed = to_device(np.column_stack([rows, preset.choose(draws), targets]), flat.device)
+    crops, choices, classes = packed.split([rows.shape[1], preset.CHOICES, 1], dim=1)
+    images = crop_batch(flat, crops, boxes[:, 2:].max(axis=0).tolist(), preset.image_size)
+    return preset.finish(images, choices, runtime.memory_format), classes.flatten()
 
 
 def find_source(

@@ -218,8 +218,9 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
     side = store_side(config)
     names = [store_name(images, side) for images in sets]
     folders = candidates(config, [images.root for images in sets])
-    # One process per machine builds or looks through the files; the others wait for it in `any`.
+    # One process per machine builds or looks through the files; the others wait for it.
     problem = make_room(config, dict(zip(names, sets)), folders, side) if runtime.local_rank == 0 else None
+    runtime.barrier()
     if runtime.any(problem is not None):
         runtime.say(f"decode_cache off: {problem or 'too little room on another machine'}")
         return data
@@ -229,10 +230,14 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
     ]
     total = sum(stored.header["bytes"] for stored in opened)
     place = ""
-    if runtime.device.type == "cuda":
-        free = torch.cuda.mem_get_info(runtime.device)[0] - reserved
-        if not runtime.any(opened[0].header["bytes"] > DEVICE_SHARE * free):
-            opened[0].place_on(runtime.device)
-            place = ", the training images on the GPU"
-    runtime.say(f"images decoded once: {human(total)} in {os.path.dirname(opened[0].path)}{place}")
-    return replace(data, train=opened[0], val=opened[1], store_side=side)
+    if runtime.device.type == "cuda" and config.augment_on != "worker":
+        room = DEVICE_SHARE * (torch.cuda.mem_get_info(runtime.device)[0] - reserved)
+        for stored, place_too in zip(opened, (", the training images on the GPU", ", all on the GPU")):
+            room -= stored.header["bytes"]
+            if runtime.any(room < 0):
+                break
+            stored.place_on(runtime.device)
+            place = place_too
+    folder = os.path.dirname(opened[0].path)
+    runtime.say(f"images decoded once: {human(total)} in {folder}{place}")
+    return replace(data, train=opened[0], val=opened[1], store_side=side, store_folder=folder)

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.nn.parallel import DistributedDataParallel
 
 from images.datasets import Data
 from learning.checkpoint import Checkpoint, Stateful, to_cpu, undone
 from learning.ema import EMA
+from learning.graphs import StepGraphs, forget_gradients
 from learning.models import build_model
 from learning.optim import build_optimizer
 from learning.state import RunState
@@ -35,6 +37,7 @@ class Learner:
         ema: EMA | None = None,
         clip_grad_norm: float | None = None,
         compiled: bool = False,
+        graphed: bool = False,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -47,14 +50,35 @@ class Learner:
         self.eager: nn.Module = model
         if runtime.world_size > 1:
             self.eager = DistributedDataParallel(
-                model, device_ids=[runtime.device] if runtime.device.type == "cuda" else None
+                model,
+                device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
+                broadcast_buffers=False,  # `share_buffers` does so once, before an evaluation
             )
-        self.net: nn.Module = torch.compile(self.eager) if compiled else self.eager  # type: ignore[assignment]
+        # Not dynamic: a last batch of another size would replace the variant for full ones by a slower one for any size.
+        self.net: nn.Module = torch.compile(self.eager, dynamic=False) if compiled else self.eager  # type: ignore[assignment]
+        self.full_batch = 0  # images in most batches of the stage
+        self.graphs = StepGraphs(self.gradients, model, self.parameters, runtime) if graphed else None
 
     @property
     def copies(self) -> dict[str, nn.Module]:
         """The model, and its EMA if there is one."""
         return {"model": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
+
+    def gradients(self, images: Tensor, targets: Tensor, net: nn.Module | None = None) -> Tensor:
+        """Compute the gradients of a batch; return its loss, on the device and detached.
+
+        net: what is called; by default `self.net` for a full batch, `self.eager` for others: a compilation for the last
+            batch of an epoch would take as long as all of those batches
+
+        Gradients are kept until the next update: if they were freed after it, a forward pass would reuse their memory,
+        which costs a CPU thousands of page faults, 6 to 8 % of a small step.
+        """
+        forget_gradients(self.parameters)
+        net = net or (self.net if len(images) == self.full_batch else self.eager)
+        with self.runtime.autocast():
+            loss = self.criterion(net(images), targets)
+        self.runtime.scaler.scale(loss).backward()
+        return loss.detach()
 
     def step(self, images: Tensor, targets: Tensor, net: nn.Module | None = None) -> Tensor:
         """Take one training step; return the loss, on the device and detached.
@@ -62,48 +86,63 @@ class Learner:
         images: (N, 3, S, S); targets: (N,) class numbers or (N, K) soft
         net: called in place of `self.net`; it has the same weights
         """
-        with self.runtime.autocast():
-            loss = self.criterion((net or self.net)(images), targets)
-        self.runtime.backward_and_step(loss, self.optimizer, self.parameters, self.clip_grad_norm)
-        return loss.detach()
+        graph = self.graphs.get(images, targets) if self.graphs is not None and net is None else None
+        loss = graph(images, targets) if graph is not None else self.gradients(images, targets, net)
+        self.runtime.update(self.optimizer, self.parameters, self.clip_grad_norm)
+        return loss
 
     def step_on_noise(self, image_size: int, batch_size: int, net: nn.Module | None = None) -> None:
         """Take a training step on noise, at full size, which the caller undoes (`undoing`).
 
         It takes the memory of a real step and finds the same faults.
         """
-        device, memory_format = self.runtime.device, self.runtime.memory_format
-        images = torch.randn(batch_size, 3, image_size, image_size, device=device).to(memory_format=memory_format)
+        images, targets = self.noise(image_size, batch_size)
         (net or self.net).train()
         # At full scale float16 may overflow at once, and the optimizer, skipped, would not take its memory.
-        self.runtime.scaler.scale(torch.zeros((), device=device))
+        self.runtime.scaler.scale(torch.zeros((), device=images.device))
         self.runtime.scaler.update(1.0)
-        self.step(images, torch.zeros(batch_size, dtype=torch.long, device=device), net)
+        self.step(images, targets, net)
         self.runtime.synchronize()
 
     def undoing(self) -> AbstractContextManager[None]:
         """Return a context after which weights, optimizer and scaler are as before it."""
         return undone(self.model, self.optimizer, self.runtime.scaler)
 
-    def enter_stage(self, image_size: int, batch_sizes: set[int]) -> None:
-        """Compile for a stage: once for each size of batch, before the clock runs.
+    def enter_stage(self, image_size: int, batch_sizes: set[int], soft_classes: int | None = None) -> None:
+        """Compile for a stage, capture its CUDA graphs: before the clock runs.
 
         torch specialises on image size and drop rates, and stops compiling after a few variants of one function; so the
-        variants of the stage before are forgotten. Does nothing unless the run is compiled.
+        variants of the stage before are forgotten. Without compilation and graphs there is nothing to do.
+
+        batch_sizes: that of most steps, and that of the last if it is smaller
+        soft_classes: number of classes, if the stage mixes images and targets are soft
         """
+        self.full_batch = max(batch_sizes)
         if self.compiled:
             torch.compiler.reset()
+        if self.graphs is not None:
+            sizes = sorted(batch_sizes, reverse=True)
+            self.graphs.capture([self.noise(image_size, batch_size, soft_classes) for batch_size in sizes])
+        elif self.compiled:
             with self.undoing():
-                for batch_size in sorted(batch_sizes, reverse=True):
-                    self.step_on_noise(image_size, batch_size)
+                self.step_on_noise(image_size, self.full_batch)
+
+    def noise(self, image_size: int, batch_size: int, soft_classes: int | None = None) -> tuple[Tensor, Tensor]:
+        """Draw a batch of noise in the form of a real one, on the device; all its images are of class 0."""
+        device = self.runtime.device
+        images = torch.randn(batch_size, 3, image_size, image_size, device=device)
+        targets = torch.zeros(batch_size, dtype=torch.long, device=device)
+        if soft_classes is not None:
+            targets = one_hot(targets, soft_classes).float()
+        return images.to(memory_format=self.runtime.memory_format), targets
 
     def checkpoint(self, state: RunState, config: Config, data: Data) -> Checkpoint:
         """Gather everything that a resume needs, copied to the CPU."""
         parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.runtime.scaler}
-        average = {} if self.ema is None else {"model_ema": to_cpu(self.ema.module.state_dict())}
+        if self.ema is not None:
+            parts["model_ema"] = self.ema.module
         return Checkpoint(
-            **{name: to_cpu(part.state_dict()) for name, part in parts.items()},
-            **average,
+            **to_cpu({name: part.state_dict() for name, part in parts.items()}),
             ema_updates=0 if self.ema is None else self.ema.num_updates,
             state=replace(state),
             world_size=self.runtime.world_size,
@@ -113,21 +152,26 @@ class Learner:
             store_side=data.store_side,
         )
 
-    def restore(self, checkpoint: Checkpoint) -> RunState:
+    def restore(self, checkpoint: Checkpoint, to_train: bool = True) -> RunState:
         """Restore what `checkpoint` holds; return how far its run was.
+
+        to_train: False leaves out optimizer and scaler
 
         Raises:
             ConfigError: it has other weights or parameter groups.
         """
-        settings = [{key: group[key] for key in group.keys() - {"params"}} for group in self.optimizer.param_groups]
+        # Weight decay, momentum: of the settings given, as config.yaml says. Merged before loading, because what a group
+        # says of itself decides where its step counters go: a fused optimizer's on the device, others' on the CPU.
+        saved = checkpoint.optimizer["param_groups"]
+        own = [{key: group[key] for key in group.keys() - {"params"}} for group in self.optimizer.param_groups]
+        groups = [theirs | ours for theirs, ours in zip(saved, own)] if len(saved) == len(own) else saved
         try:
             self.model.load_state_dict(checkpoint.model)
-            self.optimizer.load_state_dict(checkpoint.optimizer)
+            if to_train:
+                self.optimizer.load_state_dict(checkpoint.optimizer | {"param_groups": groups})
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"resume: the checkpoint does not fit these settings: {first_line(error)}") from error
-        for group, own in zip(self.optimizer.param_groups, settings):
-            group.update(own)  # weight decay, momentum: of the settings given, as config.yaml says
-        if checkpoint.scaler:
+        if checkpoint.scaler and to_train:
             self.runtime.scaler.load_state_dict(checkpoint.scaler)
         if self.ema is not None:
             # A run that takes up EMA only now starts its average from the weights it has.
@@ -153,5 +197,7 @@ def build_learner(
         ema=EMA(model, config) if config.model_ema else None,
         clip_grad_norm=config.clip_grad_norm,
         compiled=config.compile,
+        # With several processes DDP's exchange of gradients is part of the backward pass, and stays outside of graphs.
+        graphed=config.cuda_graphs == "auto" and runtime.device.type == "cuda" and runtime.world_size == 1,
     )
     return learner, loaded

@@ -34,9 +34,6 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int) -> in
             where = f"stage {stage.index} ({stage.image_size} px, batch_size {max(sizes)})"
             try:
                 learner.step_on_noise(stage.image_size, max(sizes), learner.eager)
-                if torch.backends.cudnn.benchmark and learner.runtime.device.type == "cuda":
-                    for batch_size in sizes - {max(sizes)}:  # the search for fast kernels is then over, too
-                        learner.step_on_noise(stage.image_size, batch_size, learner.eager)
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = first_line(error)
                 if is_out_of_memory(error):

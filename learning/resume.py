@@ -1,11 +1,18 @@
 """Which checkpoint a run continues from, and whether it may."""
 
 import os
+import shlex
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, cast
 
 from images.datasets import Data
-from learning.checkpoint import Checkpoint, previous_checkpoint
-from settings.errors import ConfigError
-from settings.table import DEFAULTS, LAUNCH, PLACE, Config, plain
+from learning.checkpoint import UNFINISHED, Checkpoint, previous_checkpoint
+from learning.models import build_on_meta
+from learning.optim import build_optimizer
+from settings.errors import ConfigError, first_line
+from settings.resolve import RUN_SETTINGS
+from settings.table import BEFORE, LAUNCH, PLACE, Config, plain
 from utils import Runtime
 
 
@@ -20,23 +27,90 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str) -> Checkpoint | 
     Raises:
         ConfigError: none that can be read, or settings that do not fit it.
     """
-    if not config.resume or (
-        config.resume == "auto" and not os.path.exists(own) and not os.path.exists(previous_checkpoint(own))
-    ):
+    checkpoint = None
+    if config.resume == "auto":
+        checkpoint = newest_whole(runtime, own)
+    elif config.resume:
+        checkpoint = Checkpoint.load(config.resume)
+        check_whole(checkpoint)
+    if checkpoint is None:
         if config.test_only and not config.weights:
             raise ConfigError(f"resume: no run in {config.output_dir} to evaluate")
         return None
-    if config.resume == "auto":
+    check_same(config, runtime, checkpoint)
+    return checkpoint
+
+
+def newest_whole(runtime: Runtime, own: str) -> Checkpoint | None:
+    """Read the newest whole checkpoint of a run; None if it has none.
+
+    One that was written to its end but not put in its place counts: it is the newest, where `own` is missing or damaged.
+
+    Raises:
+        ConfigError: there are some, all of them damaged; processes read different ones.
+    """
+    found, troubles = None, [] if os.path.exists(own) else [f"resume: no file {own}"]
+    for path in filter(os.path.exists, (own, own + UNFINISHED, previous_checkpoint(own))):
         try:
-            checkpoint = Checkpoint.load(own)
+            found = Checkpoint.load(path)
+            check_whole(found)
+            break
         except ConfigError as error:
-            checkpoint = Checkpoint.load(previous_checkpoint(own))
-            runtime.say(f"{error}; continuing from the one before it")
-    else:
-        checkpoint = Checkpoint.load(config.resume)
+            found = None
+            troubles.append(str(error))
+    state = found and (found.state.epoch, found.state.step)
+    if runtime.from_main(state) != state:
+        raise ConfigError(f"resume: process {runtime.rank} reads another checkpoint than process 0; see to its disk")
+    if found is None and any(map(os.path.exists, (own, previous_checkpoint(own)))):
+        raise ConfigError("; ".join(troubles))
+    if found is not None and found.read_from != own:
+        kind = "was being written" if found.read_from == own + UNFINISHED else "is before it"
+        runtime.say(f"{'; '.join(troubles)}; continuing from the one that {kind}")
+    return found  # without one there is at most a first one, unfinished
+
+
+def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the settings of a checkpoint as plain values; those that it does not know are what was done before them."""
+    return {name: plain(value) for name, value in BEFORE.items()} | checkpoint.config
+
+
+def as_flags(values: Mapping[str, Any]) -> str:
+    """Format plain values of settings as one would type them on the command line."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            items = value if isinstance(value, list) else ["none" if value is None else value]
+            words += [f"--{flag}", *map(shlex.quote, map(str, items))]
+    return " ".join(words)
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError unless the weights are those of the checkpoint's own model, and the optimizer's state fits them.
+
+    The model is built as shapes alone.
+    """
+    then = cast(Any, SimpleNamespace(**settings_of(checkpoint)))
+    try:
+        model = build_on_meta(then.model, len(checkpoint.classes))
+        for state in (checkpoint.model_ema, checkpoint.model):
+            if state is not None:
+                model.load_state_dict(state, assign=True)
+        build_optimizer(then, model).load_state_dict(checkpoint.optimizer)
+    except Exception as error:  # what torch raises on stray state varies with the state
+        raise ConfigError(
+            f"resume: {checkpoint.read_from} is damaged ({type(error).__name__}: {first_line(error)[:80]})"
+        ) from error
+
+
+def check_same(config: Config, runtime: Runtime, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError unless the run may go on from the checkpoint under these settings."""
     state, now = checkpoint.state, config.as_dict()
-    then = {name: plain(default) for name, default in DEFAULTS.items()} | checkpoint.config  # newer ones were not set
-    differing = [name for name in now if name not in LAUNCH + PLACE and now[name] != then[name]]
+    then = settings_of(checkpoint)
+    # What says auto is of a version that did not write down what it came to.
+    differing = [name for name in now if name not in LAUNCH + PLACE and now[name] != then[name] != "auto"]
     listed = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in differing)
     for name in ("model", "opt"):
         if now[name] != then[name] and not (config.test_only and name == "opt"):
@@ -44,12 +118,17 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str) -> Checkpoint | 
                 f"resume: the checkpoint has {name} {then[name]}, not {now[name]}; to start from its weights use --weights"
             )
     if config.test_only:
-        return checkpoint
+        return
     if config.resume == "auto":
         if differing:
+            if not os.path.exists(os.path.join(config.output_dir, RUN_SETTINGS)):
+                raise ConfigError(
+                    f"the run in {config.output_dir} has lost its {RUN_SETTINGS}, its checkpoint has the settings; give "
+                    f"them again: {as_flags({name: then[name] for name in differing})}"
+                )
             raise ConfigError(
                 f"the run in {config.output_dir} has other settings ({listed}); leave them as they are, or start a new "
-                f"run from it with --resume {own} and another --output-dir"
+                f"run from it with --resume {checkpoint.read_from} and another --output-dir"
             )
         if state.step and checkpoint.world_size != runtime.world_size:
             raise ConfigError(
@@ -68,7 +147,7 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str) -> Checkpoint | 
                 f"resume: {config.resume} stopped inside epoch {state.epoch}; only --resume auto can continue there"
             )
         state.best_top1, state.best_epoch = -1.0, -1  # its best weights lie in another folder
-    return checkpoint
+        checkpoint.best = None
 
 
 def check_store(checkpoint: Checkpoint, config: Config, data: Data) -> None:

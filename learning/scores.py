@@ -12,7 +12,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class TrainingLoss:
-    """The losses of an epoch, kept on the device: reading waits for it, adding does not.
+    """The losses of an epoch, kept on the device: adding them waits for nothing, `glance` for what is done already.
 
     title: where training is, for the message of NonFiniteLoss
     """
@@ -23,6 +23,7 @@ class TrainingLoss:
         self.num_images = state.num_images if runtime.is_main else 0
         self.sum = torch.tensor(state.loss_sum if runtime.is_main else 0.0, device=runtime.device)
         self.bad_step = torch.tensor(-1, device=runtime.device)
+        self.noted: tuple[Tensor, Tensor, int, torch.cuda.Event] | None = None  # copies on their way to the host
 
     def add(self, loss: Tensor, num_images: int, step: int) -> None:
         """Add the mean loss of a step; remember the first step whose loss is not finite."""
@@ -30,18 +31,48 @@ class TrainingLoss:
         self.num_images += num_images
         self.bad_step = torch.where(torch.isfinite(loss) | (self.bad_step >= 0), self.bad_step, step)
 
+    def glance(self) -> float | None:
+        """Return the mean loss of this process as it was at the last glance, None at the first; on a CPU as it is now.
+
+        A GPU is several steps behind the processor. Asked for the loss of this step it would be waited for, and then have
+        nothing queued: 5 % of the time, at ten steps from one reading to the next.
+
+        Raises:
+            NonFiniteLoss: that of some step up to then was not finite.
+        """
+        if self.runtime.device.type != "cuda":
+            return self.read()
+        before = self.noted
+        copies = [value.to("cpu", non_blocking=True) for value in (self.sum, self.bad_step)]  # into pinned memory
+        event = torch.cuda.Event()
+        event.record()
+        self.noted = copies[0], copies[1], self.num_images, event
+        if before is None:
+            return None
+        loss_sum, bad_step, num_images, copied = before
+        copied.synchronize()
+        return self.mean(loss_sum, bad_step, num_images)
+
     def read(self) -> float:
         """Compute the mean loss of this process so far; waits for the device.
 
         Raises:
             NonFiniteLoss: that of some step was not finite.
         """
-        if self.bad_step >= 0:
+        return self.mean(self.sum, self.bad_step, self.num_images)
+
+    def mean(self, loss_sum: Tensor, bad_step: Tensor, num_images: int) -> float:
+        """Compute a mean loss, unless that of some step was not finite.
+
+        Raises:
+            NonFiniteLoss: naming the step.
+        """
+        if bad_step >= 0:
             raise NonFiniteLoss(
-                f"the loss is not finite in {self.title}, step {int(self.bad_step)}; lower lr, warm up longer, or set "
+                f"the loss is not finite in {self.title}, step {int(bad_step)}; lower lr, warm up longer, or set "
                 "clip_grad_norm. What was saved after the last whole epoch is not touched"
             )
-        return float(self.sum) / max(self.num_images, 1)
+        return float(loss_sum) / max(num_images, 1)
 
     def store(self, state: RunState) -> None:
         """Write the sums over all processes into `state`.

@@ -1,12 +1,16 @@
 """Weights from a file or from torchvision, onto a head of another class count."""
 
+import hashlib
 import os
+import re
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
+from learning.checkpoint import Damaged, read_safely
 from settings.errors import ConfigError, first_line
 
 
@@ -39,25 +43,51 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
     Raises:
         ConfigError: not a file of weights, or it cannot be fetched.
     """
-    if not os.path.isfile(weights):
-        member = find_weights(name, weights)
-        try:
-            return member.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:  # no network; a download cut short
-            raise ConfigError(
-                f"weights {member} cannot be fetched: {first_line(error)}; give a file instead"
-            ) from error
+    path = weights if os.path.isfile(weights) else fetch(find_weights(name, weights))
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch.load raises on a stray file varies with the file
-        raise ConfigError(
-            f"weights: {weights} is not a file of weights that loads safely ({type(error).__name__})"
-        ) from error
+        state = read_safely(path)
+    except (Damaged, OSError) as error:
+        reason = type(error).__name__ if isinstance(error, OSError) else error
+        raise ConfigError(f"weights: {path} is not a file of weights that loads safely ({reason})") from error
     if isinstance(state, dict):
         state = next((state[key] for key in ("model_ema", "model") if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"weights: {weights} holds no state dict")
     return state
+
+
+def fetch(member: Any) -> str:
+    """Find the file of torchvision's weights, and download it if it is not there yet.
+
+    One that was there is compared with the hash in its name: torch does so only after a download.
+
+    Raises:
+        ConfigError: it cannot be fetched, or is damaged.
+    """
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    path = os.path.join(folder, os.path.basename(urlparse(member.url).path))
+    if not os.path.exists(path):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            torch.hub.download_url_to_file(member.url, path, hash_in(path) or None, progress=True)
+        except (OSError, RuntimeError) as error:  # no network; a download cut short
+            raise ConfigError(
+                f"weights {member} cannot be fetched: {first_line(error)}; give a file instead"
+            ) from error
+        return path
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            found.update(chunk)
+    if not found.hexdigest().startswith(hash_in(path)):
+        raise ConfigError(f"weights {member}: {path} is damaged; remove it, and it is fetched again")
+    return path
+
+
+def hash_in(path: str) -> str:
+    """Read the start of a file's SHA-256 from its name, as torchvision's weights have it; "" if there is none."""
+    found = re.search(r"-([0-9a-f]{8,})\.", os.path.basename(path))
+    return found[1] if found else ""
 
 
 def load_weights(model: nn.Module, name: str, weights: dict[str, Tensor], num_classes: int) -> str:

@@ -2,27 +2,43 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import platform
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from learning.checkpoint import write_safely
-from settings.errors import ConfigError
+from learning.checkpoint import (
+    UNFINISHED,
+    Checkpoint,
+    Damaged,
+    fingerprint,
+    naming_fault,
+    put_in_place,
+    read_safely,
+    write_beside,
+    write_safely,
+)
+from settings.errors import ConfigError, RunError
 from settings.resolve import RUN_SETTINGS
 from settings.table import Config
 from stages import Plan
+from utils import Runtime
 
 METRICS, SUMMARY, REPORT, CHECKPOINT, BEST = (
     "metrics.jsonl", "summary.json", "report.html", "checkpoint.pth", "model_best.pth",
 )  # fmt: skip
 PLAN, CLEARML, TASK = "report/plan.json", "clearml", "clearml/task.json"
+LOCK = ".run.lock"  # held by the run that uses the folder; a decode cache in it has a lock of its own
+ERROR = "error.txt"  # tracebacks
 HELD_OUT = "held_out.json"  # what the best weights come to on images that chose nothing
 
 
@@ -35,7 +51,7 @@ class RunFolder:
     """The folder of a run.
 
     Text files and weights are written beside the old file and then take its place, so that they are whole at any
-    moment. Metrics, summary and confusions that are not there read as an empty list or None.
+    moment, after a loss of power too. What cannot be written is a RunError that names the file. Metrics, summary and confusions that are not there read as an empty list or None.
     """
 
     path: str
@@ -63,15 +79,75 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of an older run, no others."""
-        for name in self.held():
-            os.remove(self.at(name))
+        unfinished = [name + UNFINISHED for name in (CHECKPOINT, BEST)]
+        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR])]:
+            with naming_fault(self.at(name)):
+                os.remove(self.at(name))
+
+    @contextmanager
+    def used_alone(self, runtime: Runtime) -> Iterator[None]:
+        """Let no other run use the folder within the block; the processes of one run share it.
+
+        The system lets go of the lock of a process that is gone. The folder is made, and unmade where nothing came of it.
+
+        Raises:
+            ConfigError: another run uses it, or it cannot be made.
+        """
+        lock = FileLock(self.at(LOCK), timeout=0)
+        trouble = ""
+        if runtime.is_main:
+            try:
+                os.makedirs(self.path, exist_ok=True)
+                lock.acquire()
+                with open(self.at(LOCK), "w", encoding="utf-8") as file:
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+            except Timeout:
+                with suppress(OSError), open(self.at(LOCK), encoding="utf-8") as file:
+                    trouble = file.read()
+                trouble = (
+                    f"another run uses it ({trouble or 'which has just begun'}); wait for its end, or give another"
+                )
+            except NotImplementedError:
+                pass  # a disk that knows no locks
+            except OSError as error:
+                trouble = f"{error.strerror}; give another folder"
+        if runtime.any(bool(trouble)):
+            raise ConfigError(f"output_dir {self.path}: {trouble or 'process 0 says why it cannot be used'}")
+        try:
+            yield
+        finally:
+            if lock.is_locked:
+                with suppress(OSError):
+                    if os.listdir(self.path) == [LOCK]:
+                        os.remove(self.at(LOCK))
+                        os.rmdir(self.path)
+                lock.release()
+
+    def note_error(self, rank: int = 0) -> str:
+        """Add the traceback of the error that is being handled to a file; return its path, "" if that cannot be."""
+        path = self.at(ERROR if rank == 0 else f"error_{rank}.txt")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(traceback.format_exc() + "\n")
+        except OSError:
+            return ""
+        return path
 
     def write(self, name: str, text: str) -> None:
         """Write a text file by way of a temporary one; make its folder if need be."""
-        os.makedirs(os.path.dirname(self.at(name)), exist_ok=True)
-        with open(self.at(name) + ".tmp", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(self.at(name) + ".tmp", self.at(name))
+        path = self.at(name)
+        with naming_fault(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                with open(path + UNFINISHED, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError):
+                    os.remove(path + UNFINISHED)
+                raise
+            put_in_place(path)
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file; None if it is not there."""
@@ -105,21 +181,22 @@ class RunFolder:
 
     def write_picture(self, stage: int, grid: Tensor) -> None:
         """Write the picture of a stage's augmented images, uint8 (3, H, W)."""
-        os.makedirs(os.path.dirname(self.picture(stage)), exist_ok=True)
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.picture(stage))
+        with naming_fault(self.picture(stage)):
+            os.makedirs(os.path.dirname(self.picture(stage)), exist_ok=True)
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.picture(stage))
 
     # ---- figures ----
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read metrics.jsonl, a line for each epoch; leave out a last line that a crash cut short."""
+        """Read metrics.jsonl, a line for each epoch; leave out what is none, such as one that a crash cut short."""
         records = []
         if self.has(METRICS):
-            with open(self.at(METRICS), encoding="utf-8") as file:
+            with open(self.at(METRICS), "rb") as file:
                 for line in file:
-                    try:
-                        records.append(json.loads(line))
-                    except ValueError:
-                        break
+                    with suppress(ValueError):
+                        record = json.loads(line)
+                        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+                            records.append(record)
         return records
 
     def write_metrics(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -128,8 +205,10 @@ class RunFolder:
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
         """Append the line of an epoch to metrics.jsonl."""
-        with open(self.at(METRICS), "a", encoding="utf-8") as file:
+        with naming_fault(self.at(METRICS)), open(self.at(METRICS), "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def summary(self) -> dict[str, Any] | None:
         return self.read_json(SUMMARY)
@@ -151,11 +230,68 @@ class RunFolder:
     # ---- weights ----
 
     def best_weights(self) -> dict[str, Tensor]:
-        return torch.load(self.at(BEST), map_location="cpu", weights_only=True)
+        """Read the best weights.
+
+        Raises:
+            RunError: they are not there any more, or damaged.
+        """
+        try:
+            return read_safely(self.at(BEST))
+        except (OSError, Damaged) as error:
+            raise RunError(f"{self.at(BEST)} is gone or damaged ({error}); --resume auto goes on without it") from error
 
     def write_best_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Write the weights alone, under torchvision's names."""
         write_safely(self.at(BEST), dict(weights))
+
+    def save(self, checkpoint: Checkpoint, best: tuple[Mapping[str, Tensor], Tensor] | None, keep: bool) -> str | None:
+        """Write a checkpoint, and the best weights and their confusions (K, K) if it tells of new ones.
+
+        The checkpoint names them by their fingerprint, and they take their place after it: whenever this is cut off,
+        the weights that it names are there, in their place or beside it.
+
+        Returns: their fingerprint.
+        """
+        if best is not None:
+            write_beside(self.at(BEST), dict(best[0]))
+            checkpoint.best = fingerprint(self.at(BEST) + UNFINISHED)
+        checkpoint.save(self.checkpoint, keep)
+        if best is not None:
+            put_in_place(self.at(BEST))
+            self.write_confusion("best", checkpoint.state.best_epoch, best[1])
+        return checkpoint.best
+
+    def mend_best(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
+        """Make the best weights in the folder those that `checkpoint` tells of, or have it tell of none; say so."""
+        if runtime.is_main and checkpoint.state.best_epoch >= 0 and not self.has_best(checkpoint.best):
+            state, last = checkpoint.state, checkpoint.state.epoch - 1
+            what = f"{self.at(BEST)} is missing, damaged or of another epoch"
+            if state.step == 0 and last in (state.best_epoch, config.epochs - 1):
+                if state.best_epoch != last:  # nothing is left to train, so that the last weights have to do
+                    state.best_epoch, state.best_weights = last, "model"
+                average = checkpoint.model_ema if state.best_weights == "ema" else None
+                self.write_best_weights(average or checkpoint.model)
+                checkpoint.best = fingerprint(self.at(BEST))
+                runtime.say(f"{what}; built anew from the weights of epoch {last + 1}")
+            else:
+                state.best_top1, state.best_epoch, state.best_weights, checkpoint.best = -1.0, -1, "model", None
+                runtime.say(f"{what}; the best is looked for anew from epoch {state.epoch + 1} on")
+        checkpoint.state = runtime.from_main(checkpoint.state)
+
+    def has_best(self, wanted: str | None) -> bool:
+        """Check whether the best weights are whole and those wanted; put them in place if they lie beside it.
+
+        wanted: their fingerprint; None: any
+        """
+        path = self.at(BEST)
+        for at in (path, path + UNFINISHED):
+            with suppress(OSError, Damaged):
+                read_safely(at)
+                if (wanted is None and at == path) or (wanted is not None and fingerprint(at) == wanted):
+                    if at != path:
+                        put_in_place(path)
+                    return True
+        return False
 
 
 def check_folder(config: Config) -> RunFolder:

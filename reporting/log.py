@@ -1,22 +1,24 @@
 """The run's log. Training says what happened; from here it goes into the run's folder and to a dashboard."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from torch import Tensor
 
 from images.datasets import Data
-from learning.checkpoint import to_cpu
+from learning.checkpoint import UNFINISHED, Checkpoint, previous_checkpoint, put_in_place, to_cpu
 from learning.learner import Learner
 from learning.scores import Score
 from learning.state import RunState
-from reporting.folder import REPORT, RunFolder
+from reporting.folder import METRICS, REPORT, RunFolder
 from reporting.page import report_page
-from reporting.records import epoch_record, summarise
+from reporting.records import epoch_record, is_whole, summarise
+from settings.errors import first_line
 from settings.table import LAUNCH, Config
+from settings.values import every
 from stages import Plan, Stage
 
 REPORT_EVERY = 60.0  # seconds; drawing the page takes one or two
@@ -62,8 +64,15 @@ class RunLog:
     def save_best(self, learner: Learner, state: RunState, score: Score) -> None:
         """Save the weights that `state` calls the best, and their confusion matrix."""
 
-    def save_checkpoint(self, learner: Learner, state: RunState, data: Data) -> None:
-        """Save all that a resume needs."""
+    def save_checkpoint(self, learner: Learner, state: RunState, data: Data, always: bool) -> None:
+        """Save all that a resume needs, if the time for it has come; `always`: anyway."""
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk.
+
+        Raises:
+            RunError: it could not be saved.
+        """
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """Read the weights that `save_best` has saved; None on a rank that saves none."""
@@ -78,12 +87,22 @@ class RunLog:
         closing: their scores, by size and by copy of the weights ("model", "ema", "best")
         """
 
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """End what the log still does."""
+
 
 class FolderLog(RunLog):
     """The log of rank 0: config.yaml, metrics.jsonl, summary.json, report.html, and what the report shows in `report/`.
 
+    Checkpoints are written by a thread, while training goes on; the next one waits for it, and raises its error.
+
     samples: a picture of augmented images for each stage to come, uint8 (3, H, W)
+    checkpoint: that the run continues from, if it does
     records: the lines of metrics.jsonl, of earlier parts of a resumed run too
+    best: weights and confusions that are not saved yet
     """
 
     def __init__(
@@ -95,16 +114,28 @@ class FolderLog(RunLog):
         samples: Mapping[int, Tensor],
         first_epoch: int,
         dashboard: Dashboard,
+        checkpoint: Checkpoint | None = None,
     ):
         self.folder, self.config, self.plan, self.dashboard = folder, config, plan, dashboard
         self.records: list[dict[str, Any]] = []
         self.report_due = time.monotonic() + REPORT_EVERY
-        os.makedirs(folder.path, exist_ok=True)
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.saving: Future[str | None] | None = None
+        self.saved_epoch, self.saved_at = first_epoch, time.monotonic()
+        self.best: tuple[dict[str, Tensor], Tensor] | None = None
+        self.fingerprint = checkpoint.best if checkpoint else None
+        source = checkpoint.read_from if checkpoint else ""
+        self.keep = source != previous_checkpoint(folder.checkpoint)  # else that in its place is damaged
+        if source == folder.checkpoint + UNFINISHED:
+            put_in_place(folder.checkpoint)
         if config.overwrite:
             folder.clear()
         if config.resume == "auto":
             # Epochs after the checkpoint are trained again, to the same numbers.
-            self.records = [record for record in folder.metrics() if record["epoch"] < first_epoch]
+            self.records = [record for record in folder.metrics() if record["epoch"] < first_epoch and is_whole(record)]
+            missing = sorted(set(range(config.start_epoch, first_epoch)) - {record["epoch"] for record in self.records})
+            if missing:
+                print(f"{folder.at(METRICS)} has lost {len(missing)} epochs; times and speeds are those of the others")
         folder.write_metrics(self.records)
         settings = {name: value for name, value in config.as_dict().items() if name not in LAUNCH}
         if config.resume not in ("", "auto"):
@@ -122,26 +153,41 @@ class FolderLog(RunLog):
         self.records.append(record)
         self.folder.add_metrics(record)
         self.dashboard.epoch(record)
-        if time.monotonic() >= self.report_due:
-            self.report()
         return record
 
     def save_best(self, learner: Learner, state: RunState, score: Score) -> None:
-        self.folder.write_best_weights(to_cpu(learner.copies[state.best_weights].state_dict()))
-        self.folder.write_confusion("best", state.best_epoch, score.confusion)
+        self.best = to_cpu(learner.copies[state.best_weights].state_dict()), score.confusion
         self.dashboard.best(state.best_epoch, score.confusion)
 
-    def save_checkpoint(self, learner: Learner, state: RunState, data: Data) -> None:
-        learner.checkpoint(state, self.config, data).save(self.folder.checkpoint)
+    def save_checkpoint(self, learner: Learner, state: RunState, data: Data, always: bool) -> None:
+        epochs, seconds = every(self.config.checkpoint_every)
+        passed = time.monotonic() - self.saved_at
+        if always or (epochs and state.epoch - self.saved_epoch >= epochs) or (seconds and passed >= seconds):
+            self.wait()
+            checkpoint = learner.checkpoint(state, self.config, data)
+            checkpoint.best = self.fingerprint
+            self.saving = self.thread.submit(self.folder.save, checkpoint, self.best, self.keep)
+            self.best, self.keep = None, True
+            self.saved_epoch, self.saved_at = state.epoch, time.monotonic()
+        if time.monotonic() >= self.report_due:
+            self.report()
+
+    def wait(self) -> None:
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            self.fingerprint = saving.result()
 
     def best_weights(self) -> dict[str, Tensor]:
+        self.wait()
         return self.folder.best_weights()
 
     def finish(
         self, state: RunState, learner: Learner, sizes: Mapping[str, int], closing: Mapping[int, Mapping[str, Score]]
     ) -> None:
-        last = closing[sizes["test_size"]]["model"]
-        self.folder.write_confusion("last", self.config.epochs - 1, last.confusion)
+        self.wait()
+        scores = closing[sizes["test_size"]]
+        self.folder.write_confusion("last", self.config.epochs - 1, scores["model"].confusion)
+        self.folder.write_confusion("best", state.best_epoch, scores["best"].confusion)
         summary = summarise(self.config, self.plan, state, learner, sizes, closing, self.records)
         self.folder.write_summary(summary)
         self.report()
@@ -150,6 +196,15 @@ class FolderLog(RunLog):
         learner.runtime.say(f"top1 {summary['top1']:.2f}, {best}; see {self.folder.at(REPORT)}")
 
     def report(self) -> None:
-        """Write report.html, and set the time when it is due again."""
-        self.folder.write(REPORT, report_page(self.folder))
+        """Write report.html, and set the time when it is due again; what fails in it costs the run nothing."""
+        try:
+            self.folder.write(REPORT, report_page(self.folder))
+        except Exception as error:  # other people's names, settings and pictures are in it
+            self.folder.note_error()
+            print(f"{self.folder.at(REPORT)} is not drawn: {type(error).__name__}: {first_line(error)}", flush=True)
         self.report_due = time.monotonic() + REPORT_EVERY
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.thread.shutdown()
+        if kind is None:
+            self.wait()

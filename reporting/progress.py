@@ -26,13 +26,12 @@ class Progress:
         )
 
     def step(self, step: int, losses: TrainingLoss) -> None:
-        """Show that a step is done.
-
-        The loss is read only every print_freq steps, because reading it waits for the device.
-        """
+        """Show that a step is done, and every print_freq steps the loss, on a GPU as it was print_freq steps before."""
         self.bar.update()
         if (step + 1) % self.print_freq == 0:
-            loss = losses.read()  # on every process, so that all of them notice a loss that is not finite
+            loss = losses.glance()  # on every process, so that all of them notice a loss that is not finite
+            if loss is None:
+                return
             if not self.bar.disable:
                 self.bar.set_postfix_str(f"loss {loss:.4f}")
             elif self.show:

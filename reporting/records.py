@@ -19,6 +19,8 @@ from settings.table import Config
 from stages import Plan, Stage
 from utils import Runtime
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 
 def epoch_record(stage: Stage, state: RunState, learner: Learner, scores: Mapping[str, Score]) -> dict[str, Any]:
     """Build an epoch's line of metrics.jsonl.
@@ -48,6 +50,14 @@ def epoch_record(stage: Stage, state: RunState, learner: Learner, scores: Mappin
     }
 
 
+def is_whole(record: Mapping[str, Any]) -> bool:
+    """Check whether a line of metrics.jsonl has what a summary and its figures need."""
+    return all(
+        isinstance(record.get(key), int | float)
+        for key in ("stage", "lr", "loss", "epoch_seconds", "images_per_second")
+    ) and all(key in record for key in ("top1", "top1_ema", "gpu_memory_gib"))
+
+
 def summarise(
     config: Config,
     plan: Plan,
@@ -61,6 +71,8 @@ def summarise(
 
     sizes: what the last evaluations were made at, by name, pixels
     closing: their scores, by size and by copy of the weights ("model", "ema", "best")
+
+    Speeds are None where the records of what they are measured over are lost.
     """
 
     def at_sizes(copy: str) -> dict[str, dict[str, Any]]:
@@ -81,22 +93,23 @@ def summarise(
         stages.append(row | {"train_seconds": seconds, "images_per_second": speed})
     seconds = sum(stage["train_seconds"] for stage in stages)
     images = sum(stage["train_seconds"] * stage["images_per_second"] for stage in stages)
+    last_speed = stages[-1]["images_per_second"]
     return {
         "model": config.model,
         "dataset": config.dataset,
         "top1": final["test_size"]["top1"],
         "top5": final["test_size"]["top5"],
         "top1_ema": final["test_size"].get("top1_ema"),
-        "best_top1": state.best_top1,
+        "best_top1": closing[sizes["test_size"]]["best"].top1,
         "best_epoch": state.best_epoch,
         "final": final,
         "best": {"epoch": state.best_epoch, "weights": state.best_weights, **at_sizes("best")},
         "stages": stages,
         "relative_cost": plan.relative_cost,
         "train_seconds": seconds,
-        "images_per_second": images / seconds,
+        "images_per_second": images / seconds if seconds else None,
         # As many images at the last stage's measured speed, over the time the run took
-        "speedup_over_fixed_size": images / stages[-1]["images_per_second"] / seconds,
+        "speedup_over_fixed_size": images / last_speed / seconds if last_speed and seconds else None,
         "epochs": config.epochs,
         "parameters": sum(parameter.numel() for parameter in learner.model.parameters()),
         "memory_gib": host_memory_gib(),
@@ -167,12 +180,17 @@ def host_memory_gib() -> float | None:
 
 
 def commit() -> str | None:
-    """Find the commit of this code, `-dirty` if it was changed since; None outside a clone."""
+    """Find the commit of this code, `-dirty` if it was changed since; None outside a clone.
+
+    Rows in results/ that earlier runs have added do not make the code another one.
+    """
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"],
-            cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        name = git("rev-parse", "HEAD").strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return f"{name}-dirty" if changed else name
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True).stdout

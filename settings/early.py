@@ -1,8 +1,10 @@
 """What the command line alone can answer, before torch is imported, which takes seconds."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from settings.errors import ConfigError, tell
 from settings.resolve import resolve
@@ -12,8 +14,10 @@ from settings.sources import read_command_line
 def answer(argv: Sequence[str]) -> None:
     """End the program for `--help` and for settings that are wrong in themselves; else return.
 
-    Neither torch nor the data are looked at.
+    Neither torch nor the data are looked at. A signal ends the program in one line from here on.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
     try:
         read_command_line(argv)
         if not os.environ.get("CLEARML_TASK_ID"):  # whose settings come from a server
@@ -21,3 +25,9 @@ def answer(argv: Sequence[str]) -> None:
     except ConfigError as error:
         tell(error)
         sys.exit(2)
+
+
+def leave(number: int, frame: Any) -> None:
+    """End the program, which has begun nothing yet."""
+    os.write(2, f"stopped: signal {signal.Signals(number).name}; nothing was saved\n".encode())
+    os._exit(1)

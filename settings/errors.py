@@ -1,5 +1,6 @@
 """The error a user can mend, and how it is told."""
 
+import errno
 import os
 import sys
 
@@ -13,6 +14,38 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(own_line(type(self), message))
+
+
+class RunError(RuntimeError):
+    """An error of the machine that a run is on: a disk, a worker, another process.
+
+    The message is one line: the thing, where it is, what helps. The program prints it and ends with exit status 1.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(own_line(type(self), message))
+
+    @classmethod
+    def of_disk(cls, error: OSError, path: str) -> "RunError":
+        """Build the error of a file or folder that cannot be written or read."""
+        reason = error.strerror or type(error).__name__
+        return cls(f"{path}: {reason}; {REMEDIES.get(error.errno, 'see to the disk')}, then --resume auto continues")
+
+
+REMEDIES: dict[int | None, str] = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EFBIG: "allow larger files there",
+    errno.EROFS: "make it writable again",
+    errno.EACCES: "make it writable again",
+    errno.EPERM: "make it writable again",
+    errno.ENOENT: "the folder is gone: bring it back",
+    errno.ENOTDIR: "the folder is gone: bring it back",
+    errno.ESTALE: "connect its disk again",
+    errno.EIO: "its disk fails: mend it",
+    errno.EMFILE: "allow more open files (ulimit -n), or lower --workers",
+    errno.ENFILE: "allow more open files, or lower --workers",
+}
 
 
 def own_line(kind: type[Exception], message: str) -> str:
@@ -31,7 +64,8 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def tell(error: Exception) -> None:
-    """Print an error as one line on stderr; with several processes, also say which of them it was."""
+def tell(error: Exception | str) -> None:
+    """Print an error, or a line that says what happened, on stderr; of several processes, also say which it was."""
     rank = os.environ.get("RANK", "0")
-    print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {error}", file=sys.stderr)
+    line = error if isinstance(error, str) else f"error: {error}"
+    print(f"{'' if rank == '0' else f'[rank {rank}] '}{line}", file=sys.stderr)

@@ -10,8 +10,8 @@ from typing import Any
 
 from settings.errors import ConfigError
 from settings.sources import convert_all, read_command_line, read_yaml
-from settings.table import DEFAULTS, RA_SCALE_END, SCHEDULES, SETTINGS, Config, show
-from settings.values import seconds
+from settings.table import BEFORE, DEFAULTS, RA_SCALE_END, SCHEDULES, SETTINGS, Config, show
+from settings.values import every, seconds
 
 RUN_SETTINGS = "config.yaml"  # in a run's folder: what it was made with
 
@@ -31,12 +31,14 @@ def resolve(
     command_line = read_command_line(argv)
     path = command_line.get("config")
     own = os.path.join(command_line.get("output_dir", DEFAULTS["output_dir"]), RUN_SETTINGS)
+    values = dict(DEFAULTS)
     if path is None and command_line.get("resume") == "auto" and os.path.isfile(own):
         path = own  # a run is continued with the settings it has, no need to repeat them
+        values = dict(BEFORE)
     given_here = (read_yaml(path) if path is not None else {}, command_line) if base is None else ()
     sources = [*given_here, convert_all(base or {}, "")]
     sources.append(convert_all(overrides or {}, ""))
-    values, level = dict(DEFAULTS), dict.fromkeys(DEFAULTS, -1)
+    level = dict.fromkeys(DEFAULTS, -1)
     for i, given in enumerate(sources):
         values.update(given)
         level.update(dict.fromkeys(given, i))
@@ -173,3 +175,4 @@ def check_run(config: Config) -> None:
         raise ConfigError("test_only needs something to evaluate: --weights or --resume")
     if config.time_budget is not None:
         seconds(config.time_budget)
+    every(config.checkpoint_every)

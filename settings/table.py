@@ -30,6 +30,9 @@ class Schedule:
         return self.absent if value is None or (self.absent == "off" and value == 0) else f"{value:.4g}"
 
 
+MISSING = object()
+
+
 def setting(
     default: Any,
     help: str,
@@ -42,6 +45,7 @@ def setting(
     scheduled: Schedule | None = None,
     needs: tuple[str, Sequence[Any]] | None = None,
     flags: Sequence[str] = (),
+    before: Any = MISSING,
 ) -> Any:
     """Make one row of the table.
 
@@ -51,9 +55,12 @@ def setting(
     scheduled: how it is shown, if it takes one value, first and last, or one per stage; else None
     needs: name of another setting, and the values of that one with which this one takes effect
     flags: short forms besides --name-with-dashes
+    before: what runs did before there was this setting, where that is not its default. A run of that time is resumed
+        with it, so this is given when a default changes, or differs from the start
     """
     metadata: dict[str, Any] = dict(help=help, kind=kind, group=group, choices=choices, interval=interval)
     metadata.update(optional=optional, scheduled=scheduled, needs=needs, flags=tuple(flags))
+    metadata["before"] = default if before is MISSING else before
     return field(default=default, metadata=metadata)
 
 
@@ -158,6 +165,7 @@ class Config:
     amp_dtype: str = setting("auto", "auto: bfloat16 where supported, else float16; float16 trains with a gradient scaler", kind="str", group="machine", choices=("auto", "bfloat16", "float16"), needs=("amp", (True,)))
     channels_last: bool = setting(False, "keep images and weights channels last in memory; faster convolutions", kind="bool", group="machine")
     compile: bool = setting(False, "torch.compile; compiles once per stage, outside the clock", kind="bool", group="machine")
+    cuda_graphs: str = setting("auto", "auto: on a CUDA GPU each stage's step is captured once and replayed, with one process; off: every kernel is launched by itself", kind="str", group="machine", choices=("auto", "off"))
     seed: int = setting(0, "every random choice follows from it", kind="int", group="machine", interval="[0, 4294967295]")
     use_deterministic_algorithms: bool = setting(False, "the same bits on a GPU too, slower", kind="bool", group="machine")
     world_size: int = setting(1, "processes; torchrun says it, only a launch by srun needs it here", kind="int", group="machine", interval="[1, 1000000000]")
@@ -170,6 +178,8 @@ class Config:
     overwrite: bool = setting(False, "start again in a folder that holds a run", kind="bool", group="run")
     time_budget: str | None = setting(None, "stop after this long (90s, 25m, 1.5h), saved; exit status 3", kind="str", group="run", optional=True)
     print_freq: int = setting(10, "steps between lines of progress", kind="int", group="run", interval="[1, 1000000000]")
+    checkpoint_every: str = setting("1e", "save after so many epochs (5 or 5e), or at the end of the epoch in which so much time is up (90s, 25m, 1.5h); a stage's end, the last epoch and a stop are saved always", kind="str", group="run")
+    debug: bool = setting(False, "show the traceback of an error of the program; without, it is written to OUTPUT_DIR/error.txt", kind="bool", group="run")
     clearml: str = setting("auto", "report to ClearML; auto: online if a server is configured and answers, else offline, for `python -m tracking upload OUTPUT_DIR`", kind="str", group="run", choices=("auto", "online", "offline", "off"))
     clearml_project: str = setting("progressive-learning", "ClearML project", kind="str", group="run", needs=("clearml", ("auto", "online", "offline")))
     clearml_task: str | None = setting(None, "name of the ClearML task; unset: the name of output_dir", kind="str", group="run", optional=True, needs=("clearml", ("auto", "online", "offline")))
@@ -192,15 +202,16 @@ class Config:
 
 SETTINGS = {f.name: f.metadata for f in fields(Config)}
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Config)}
+BEFORE: dict[str, Any] = {name: row["before"] for name, row in SETTINGS.items()}
 SCHEDULES: dict[str, Schedule] = {name: row["scheduled"] for name, row in SETTINGS.items() if row["scheduled"]}
 
 # How a run is started, not what it computes: left out of its config.yaml, free to differ on resume.
-LAUNCH = ("config", "download", "overwrite", "plan", "resume", "test_only", "time_budget")
+LAUNCH = ("config", "debug", "download", "overwrite", "plan", "resume", "test_only", "time_budget")
 CLEARML = ("clearml", "clearml_project", "clearml_task", "clearml_tags")
 # Where and how it runs: written down, and free to differ on resume.
 PLACE = (
-    *CLEARML, "cache_dataset", "data_path", "decode_cache", "device", "dist_url", "output_dir", "print_freq", "workers",
-    "world_size",
+    *CLEARML, "cache_dataset", "checkpoint_every", "cuda_graphs", "data_path", "decode_cache", "device", "dist_url",
+    "output_dir", "print_freq", "workers", "world_size",
 )  # fmt: skip
 
 

@@ -22,6 +22,24 @@ def seconds(duration: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+def every(period: str) -> tuple[int | None, float | None]:
+    """Convert how often something is done, epochs (`5e`, `5`) or a time (`90s`, `25m`, `1.5h`), to epochs and seconds.
+
+    One of the two is None.
+
+    Raises:
+        ConfigError: anything else, and 0.
+    """
+    epochs = re.fullmatch(r"([1-9]\d{0,8})e?", period.strip(), re.ASCII)
+    if epochs:
+        return int(epochs[1]), None
+    if not re.fullmatch(r"\d{1,9}(\.\d+)?[smh]", period.strip(), re.ASCII) or float(period.strip()[:-1]) == 0:
+        raise ConfigError(
+            f"checkpoint_every must be epochs such as 5e, or a time such as 90s, 25m or 1.5h, got {period!r}"
+        )
+    return None, seconds(period)
+
+
 LISTS = ("ints", "floats", "strs")
 
 
@@ -60,8 +78,12 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
             raise wrong
         return value
     if kind == "str":
-        if name == "time_budget" and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)  # seconds, which YAML reads as a number
+        if (
+            name in ("time_budget", "checkpoint_every")
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+        ):
+            value = str(value)  # seconds or epochs, which YAML reads as a number
         if not isinstance(value, str):
             raise wrong
         if row["choices"] is None:
@@ -87,6 +109,8 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
             if abs(value) > 1e300
             else wrong
         )
+    if row["scheduled"] and row["scheduled"].whole and value != int(value):
+        raise ConfigError(f"{where}{name} must be whole numbers, got {value:g}")
     if not within(value, row["interval"]):
         raise ConfigError(f"{where}{name} must be in {row['interval']}, got {value:g}")
     return int(value) if kind == "int" else float(value)

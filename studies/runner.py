@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ class Progress:
 
     state: "waiting", "training", "done", "failed" or "stopped"
     epoch: epochs trained
-    seconds, work: of them, and their multiply-adds, in billions of an image's forward pass
+    seconds, work: of them, and their multiply-adds, in billions of a forward pass
     note: the accuracy of a finished run, why a failed one failed
     """
 
@@ -41,6 +41,7 @@ class Progress:
 class Runner:
     """Carries out the runs of a study.
 
+    images: training images of each condition
     deadline: on the clock of `time.monotonic`; what is under way then is stopped, saved
     show: called when something may have changed
     keep: keep checkpoints of finished runs
@@ -51,23 +52,30 @@ class Runner:
         study: Study,
         results: Results,
         launcher: Launcher,
+        images: Mapping[str, int],
         deadline: float | None = None,
         show: Callable[["Runner"], None] = lambda runner: None,
         keep: bool = False,
     ):
-        self.study, self.results, self.launcher, self.deadline = study, results, launcher, deadline
-        self.show, self.keep = show, keep
+        self.study, self.results, self.launcher, self.images = study, results, launcher, images
+        self.deadline, self.show, self.keep = deadline, show, keep
         self.progress = {run: Progress() for run in study.runs}
         self.attempts: dict[Run, Attempt] = {}
         self.stopping = False
-        for run in study.runs:
+        needed: set[Run] = set()  # for their weights, even if they have a row
+        for run in reversed(study.runs):  # whose weights others start from comes before them
             row = results.row(run)
-            if row is not None:
-                self.progress[run] = Progress("done", run.config.epochs, note=self.outcome(row))
+            if row is not None and (run not in needed or has_weights(run)):
+                self.progress[run] = Progress("done", run.config.epochs, note=self.outcome(run, row))
+            elif run.source is not None:
+                needed.add(run.source)
 
     def run(self) -> int:
         """Carry out all runs; return the exit status: 0 all done, 1 some failed, 3 stopped before the end."""
         with asking(self.stop):
+            self.attempts = dict(self.launcher.find([run for run, progress in self.progress.items() if progress.open]))
+            for run in self.attempts:
+                self.progress[run].state = "training"
             while True:
                 self.look()
                 if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -100,20 +108,13 @@ class Runner:
                 self.attempts[run] = self.launcher.start(run)
 
     def ready(self, run: Run) -> bool:
-        """Check whether the weights that a run starts from are there; if their run failed, so has this one.
-
-        A source of which only the row is here, because it was trained elsewhere, is trained again for its weights.
-        """
+        """Check whether the run whose weights another starts from is done; if it failed, so has this one."""
         if run.source is None:
             return True
         source = self.progress[run.source]
         if source.state == "failed":
             self.progress[run] = Progress("failed", note=f"needs the weights of {run.source.name}")
-        elif source.state == "done":
-            if os.path.exists(os.path.join(run.source.folder, BEST)):
-                return True
-            self.progress[run.source] = Progress()
-        return False
+        return source.state == "done"
 
     def look(self) -> None:
         """Note how far the runs are, and conclude those that have ended."""
@@ -130,7 +131,7 @@ class Runner:
         records = RunFolder(run.folder).metrics()
         progress.epoch = len(records)
         progress.seconds = sum(record["epoch_seconds"] for record in records)
-        progress.work = sum(costs[record["stage"]] for record in records)
+        progress.work = self.images[run.condition] * sum(costs[record["stage"]] for record in records)
 
     def conclude(self, run: Run, status: int, attempt: Attempt) -> None:
         """Note how a run ended, and keep its rows if it is finished."""
@@ -140,7 +141,7 @@ class Runner:
             if row is None:
                 row = finished_row(run, self.study, self.launcher.machine())
                 self.results.add(run, row, epoch_rows(run))
-            progress.state, progress.note = "done", self.outcome(row)
+            progress.state, progress.note = "done", self.outcome(run, row)
             if not self.keep:
                 discard_checkpoints(run.folder)
         elif status == STOPPED:
@@ -148,8 +149,9 @@ class Runner:
         else:
             progress.state, progress.note = "failed", attempt.reason()
 
-    def outcome(self, row: Row) -> str:
-        return f"{self.study.metric} {row[self.study.metric]:.2f}"
+    def outcome(self, run: Run, row: Row) -> str:
+        metric = self.study.metrics[run.condition]
+        return "" if row.get(metric) is None else f"{metric} {row[metric]:.2f}"
 
     def seconds_left(self) -> float | None:
         """Predict the seconds of training that are left, from those of the epochs so far; None before the first."""
@@ -157,8 +159,17 @@ class Runner:
         if not work:
             return None
         spent = sum(progress.seconds for progress in self.progress.values())
-        left = sum(run.gflops - progress.work for run, progress in self.progress.items() if progress.open)
+        left = sum(
+            run.gflops * self.images[run.condition] - progress.work
+            for run, progress in self.progress.items()
+            if progress.open
+        )
         return left * spent / work / self.launcher.at_once
+
+
+def has_weights(run: Run) -> bool:
+    """Check whether the best weights of a run are here; a run that was trained elsewhere has only its row here."""
+    return RunFolder(run.folder).has(BEST)
 
 
 @contextmanager

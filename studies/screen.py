@@ -1,7 +1,7 @@
 """A sweep on the terminal: its plan, a live table with a line per run, its means and differences."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -54,30 +54,37 @@ class Screen:
         if self.live is not None:
             self.live.stop()
 
-    def plan(self, images: dict[str, int], done: int) -> None:
+    def plan(self, images: Mapping[str, int], rows: Sequence[Row]) -> None:
         """Print what will be run: for each condition its epochs, images and arithmetic against the control's.
 
         images: training images of each condition's data
+        rows: of finished runs, whose times tell how long the others will take
         """
         runs = {
             condition: [run for run in self.study.runs if run.condition == condition]
             for condition in self.study.conditions
         }
         basis = runs[self.study.control][0].gflops * images[self.study.control]
-        rows = []
+        lines = []
         for condition, several in runs.items():
             run = several[0]
             seen = run.config.epochs * images[condition]
             sizes = "-".join(dict.fromkeys(str(stage.image_size) for stage in run.plan.stages))
             cost = run.gflops * images[condition] / basis
-            rows.append([condition, len(several), sizes, run.config.epochs, f"{seen:,}", f"{cost:.3f}"])
+            lines.append([condition, len(several), sizes, run.config.epochs, f"{seen:,}", f"{cost:.3f}"])
         heads = ["condition", "runs", "sizes, px", "epochs", "images", f"cost / {self.study.control}"]
         self.console.print(self.study.title)
-        self.console.print(plain_table(heads, rows))
-        total = sum(run.gflops * images[run.condition] for run in self.study.runs) / basis
-        self.console.print(
-            f"{len(self.study.runs)} runs, {done} of them finished; cost {total:.2f} of one {self.study.control} run"
-        )
+        self.console.print(plain_table(heads, lines))
+        work = {(run.condition, run.seed): run.gflops * images[run.condition] for run in self.study.runs}
+        done = {(row["condition"], row["seed"]): row["train_seconds"] for row in rows}
+        finished = [key for key in work if key in done]
+        text = f"{len(work)} runs, {len(finished)} of them finished; "
+        text += f"cost {sum(work.values()) / basis:.2f} of one {self.study.control} run"
+        if 0 < len(finished) < len(work):
+            trained = sum(work[key] for key in finished)
+            left = (sum(work.values()) - trained) * sum(done[key] for key in finished) / trained
+            text += f"; as fast as those, the others train {duration(left)}, one after another"
+        self.console.print(text)
 
     def update(self, runner: Runner) -> None:
         """Show how far the runs are."""
@@ -106,17 +113,19 @@ class Screen:
         return table
 
     def outcome(self, rows: Sequence[Row]) -> None:
-        """Print mean and interval of each condition, and its difference from the control, paired by seed."""
+        """Print mean and interval of each condition, and its difference from its control, paired by seed."""
         study, lines = self.study, []
         for condition in study.conditions:
-            found = mean_of(rows, condition, study.metric)
+            metric, control = study.metrics[condition], study.controls[condition]
+            found = mean_of(rows, condition, metric)
             if found is None:
                 continue
-            against = difference(rows, condition, study.control, study.metric) if condition != study.control else None
+            against = difference(rows, condition, control, metric) if condition != control else None
             verdict = "" if against is None else "undecided" if against.undecided else "differs"
-            lines.append([condition, found.n, estimate_text(found), estimate_text(against, sign=True), verdict])
+            above = "" if against is None else f"{estimate_text(against, sign=True)} than {control}"
+            lines.append([condition, found.n, f"{metric} {estimate_text(found)}", above, verdict])
         if lines:
-            heads = ["condition", "n", f"{study.metric}, 95 % interval", f"above {study.control}, paired by seed", ""]
+            heads = ["condition", "n", "mean, 95 % interval", "higher by, paired by seed", ""]
             self.console.print(plain_table(heads, lines))
 
 

@@ -44,7 +44,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def values_by_seed(rows: Sequence[Mapping[str, Any]], condition: str, column: str) -> dict[int, float]:
     """Collect a column of a condition's rows by seed; rows without a value are left out."""
-    return {row["seed"]: row[column] for row in rows if row["condition"] == condition and row[column] is not None}
+    return {row["seed"]: row[column] for row in rows if row["condition"] == condition and row.get(column) is not None}
 
 
 def mean_of(rows: Sequence[Mapping[str, Any]], condition: str, column: str) -> Estimate | None:

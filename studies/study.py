@@ -10,8 +10,9 @@
     metric: top1                        # which column of the rows the conclusions are drawn from
     control: none                       # what the others are compared with; unset: the first condition
 
-A condition may have a `base` of its own, start from the best weights of another one's run with the same seed
-(`weights: {of: NAME}`), and name a split that its best weights are evaluated on at the end (`held_out: test`).
+A condition may have a `base`, `metric` and `control` of its own, start from the best weights of another one's run with
+the same seed (`weights: {of: NAME}`), and name a folder of images, beside those it trains on, that its best weights are
+evaluated on at the end (`held_out: test`).
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -36,8 +37,8 @@ from stages import Plan, make_plan
 
 KEYS = ("title", "base", "settings", "conditions", "grid", "seeds", "metric", "control")
 OWN = ("config", "plan", "seed", "output_dir", "resume", "overwrite", "test_only", "time_budget")  # the sweep's own
-ASIDE = ("base", "held_out")  # of a condition, besides settings
-METRICS = ("top1", "top1_ema", "best_top1", "held_out_top1", "auc")
+ASIDE = ("base", "held_out", "metric", "control")  # of a condition, besides settings
+METRICS = ("top1", "top1_ema", "best_top1", "held_out_top1", "auc")  # columns of the rows that are better when higher
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +83,18 @@ class Run:
 class Study:
     """A study as its file says it.
 
+    control: the condition that costs are told against
+    metrics, controls: of each condition, the column that counts and the condition it is compared with
     varying: names of the settings that are not the same in all runs
     """
 
     name: str
     title: str
-    metric: str
     control: str
     runs: list[Run]
-    varying: list[str] = field(default_factory=list)
+    metrics: dict[str, str]
+    controls: dict[str, str]
+    varying: list[str]
 
     @property
     def conditions(self) -> list[str]:
@@ -126,11 +130,8 @@ def read_study(path: str, folder: str, extra: Sequence[str] = ()) -> Study:
         raise ConfigError(f"{path}: seeds must be a list of whole numbers, got {seeds!r}")
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"{path}: a seed stands twice in {seeds}")
-    metric, control = content.get("metric", "top1"), str(content.get("control", next(iter(conditions))))
-    if metric not in METRICS:
-        raise ConfigError(f"{path}: metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    if control not in conditions:
-        raise ConfigError(f"{path}: control {control!r} is none of the conditions: {', '.join(conditions)}")
+    control = str(content.get("control", next(iter(conditions))))
+    metrics, controls = comparisons(conditions, str(content.get("metric", "top1")), control, path)
     slugs = [slug(condition) for condition in conditions]
     for one in conditions:
         if slugs.count(slug(one)) > 1:
@@ -140,7 +141,8 @@ def read_study(path: str, folder: str, extra: Sequence[str] = ()) -> Study:
         for condition in in_order(conditions, path):
             settings = {**(content.get("settings") or {}), **conditions[condition]}
             runs[condition, seed] = make_run(path, folder, content, condition, seed, settings, extra, runs)
-    return Study(name, str(content.get("title", name)), metric, control, list(runs.values()), differing(runs.values()))
+    title = str(content.get("title", name))
+    return Study(name, title, control, list(runs.values()), metrics, controls, differing(runs.values()))
 
 
 def read_mapping(path: str) -> dict[str, Any]:
@@ -185,6 +187,24 @@ def read_conditions(content: Mapping[str, Any], path: str) -> dict[str, dict[str
         if not isinstance(settings, dict | None):
             raise ConfigError(f"{path}: condition {name} must hold settings, got {settings!r}")
     return {str(name): dict(settings or {}) for name, settings in given.items()}
+
+
+def comparisons(
+    conditions: Mapping[str, dict[str, Any]], metric: str, control: str, path: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Find what each condition is judged by, and which one it is compared with: its own, else those of the study.
+
+    Both are taken out of the conditions' settings.
+    """
+    metrics = {name: str(settings.pop("metric", metric)) for name, settings in conditions.items()}
+    controls = {name: str(settings.pop("control", control)) for name, settings in conditions.items()}
+    for found in metrics.values():
+        if found not in METRICS:
+            raise ConfigError(f"{path}: metric must be one of {', '.join(METRICS)}, got {found!r}")
+    for found in (control, *controls.values()):
+        if found not in conditions:
+            raise ConfigError(f"{path}: control {found!r} is none of the conditions: {', '.join(conditions)}")
+    return metrics, controls
 
 
 def values_text(value: Any) -> str:

@@ -32,3 +32,16 @@ def as_tensor(image):
 def seeded(seed, transform, image):
     torch.manual_seed(seed)
     return as_tensor(transform(image))
+
+
+def photo(height, width, seed=0):
+    """Smooth colours with some noise, uint8 (H, W, 3)."""
+    draw = np.random.default_rng(seed)
+    small = Image.fromarray(draw.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return torch.from_numpy((smooth + draw.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def keys(count, epoch=0):
+    """Keys of the first samples of an epoch."""
+    return [(epoch, index, 0) for index in range(count)]

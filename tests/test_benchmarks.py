@@ -14,8 +14,8 @@ from programs import ROOT
 from runs import make_tree
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the program's own modules
-common, loader, step, end_to_end, progressive, overhead, tables = map(
-    importlib.import_module, ["common", "loader", "step", "end_to_end", "progressive", "overhead", "tables"]
+common, trees, loader, step, end_to_end, progressive, overhead, tables = map(
+    importlib.import_module, ["common", "trees", "loader", "step", "end_to_end", "progressive", "overhead", "tables"]
 )
 
 linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's /proc")
@@ -196,7 +196,7 @@ def test_any_folder_of_images(tmp_path, layout):
     tree = make_tree(tmp_path / "images", splits=[("train", 10), ("val", 2)])
     data = {"splits": tree, "classes": tree / "train", "flat": tree / "train" / "bee"}[layout]
     classes = ["images"] if layout == "flat" else ["ant", "bee"]
-    with common.image_tree(str(data), limit=5 * len(classes)) as linked:
+    with trees.image_tree(str(data), limit=5 * len(classes)) as linked:
         for name in classes:
             places = sorted(Path(linked, "train", name).iterdir())
             source = tree / "train" / ("bee" if layout == "flat" else name)

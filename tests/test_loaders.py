@@ -10,7 +10,7 @@ from PIL import Image
 
 from images import loaders
 from images.datasets import Data, ImageTree, load_data
-from images.loaders import EvalImages, eval_loader, sample_grid, train_loader
+from images.loaders import eval_loader, sample_grid, train_loader
 from images.order import DrawSampler
 from images.sources import DrawnImages
 from images.workers import close_loader
@@ -151,13 +151,6 @@ def test_a_grid_of_samples_is_a_picture_of_what_the_epoch_will_see():
 
 
 # ---- evaluation ----
-
-
-@pytest.mark.parametrize(("count", "shares"), [(5, [[0, 2, 4], [1, 3]]), (4, [[0, 2], [1, 3]]), (2, [[0], [1]])])
-def test_two_processes_evaluate_each_image_once(count, shares):
-    parts = [EvalImages(Colours(count), Itself(), rank, 2) for rank in (0, 1)]
-    assert [[int(part[i][0]) for i in range(len(part))] for part in parts] == shares
-    assert [part[0][1] for part in parts] == [0, 1]
 
 
 def test_evaluation_keeps_order_and_the_short_last_batch(tree):

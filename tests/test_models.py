@@ -1,5 +1,8 @@
 """Models: published sizes and costs, weights from files, drop rates set in place."""
 
+import hashlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torchvision
@@ -8,8 +11,8 @@ from torchvision.models import get_model
 from torchvision.ops import StochasticDepth
 
 from learning.cost import gflops_per_image
-from learning.models import available, build_model, check_name, set_dropout, set_stochastic_depth
-from learning.weights import find_weights, read_weights
+from learning.models import Classifier, available, build_model, check_name, set_dropout, set_stochastic_depth
+from learning.weights import fetch, find_weights, read_weights
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from stages import make_plan
@@ -336,10 +339,46 @@ def test_what_is_neither_a_file_nor_weights_of_the_model_is_told_with_what_there
     assert str(caught.value) == f"weights '{weights}' is neither a file nor weights of {name} (it has {known})"
 
 
-def test_weights_that_cannot_be_fetched_end_in_one_line(monkeypatch):
+def test_weights_that_cannot_be_fetched_end_in_one_line(monkeypatch, tmp_path):
     def offline(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(ConfigError, match="cannot be fetched: no route to host; give a file instead"):
         read_weights("resnet18", "DEFAULT")
+
+
+def test_fetched_weights_are_compared_with_the_hash_in_their_name_each_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "made.pth")
+    whole = (tmp_path / "made.pth").read_bytes()
+    path = tmp_path / "checkpoints" / f"linear-{hashlib.sha256(whole).hexdigest()[:8]}.pth"
+
+    def fetched(url, target, start, progress):
+        assert start == path.stem[-8:] and target == str(path)
+        path.write_bytes(whole)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetched)
+    member = SimpleNamespace(url=f"https://nowhere/{path.name}")
+    assert fetch(member) == fetch(member) == str(path)
+    path.write_bytes(whole[:-1] + b"?")
+    with pytest.raises(ConfigError, match="is damaged; remove it, and it is fetched again"):
+        fetch(member)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_v2_b0", "resnet18", "swin_t"])
+def test_the_classifier_is_evaluated_in_float32_under_autocast(name):
+    model = build_model(name, 10)[0].eval()
+    heads = [module for module in model.modules() if isinstance(module, Classifier)]
+    assert len(heads) == 1
+    inputs = []
+    heads[0].register_forward_pre_hook(lambda module, given: inputs.append(given[0].float()))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(torch.randn(2, 3, 64, 64))
+    assert output.dtype == torch.float32
+    expected = inputs[0] @ heads[0].weight.T.detach() + heads[0].bias.detach()
+    assert torch.allclose(output, expected, atol=1e-5)  # bfloat16 is off by 1e-3
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(torch.randn(2, 3, 64, 64)).dtype == torch.bfloat16

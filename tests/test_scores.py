@@ -95,3 +95,26 @@ def test_the_first_step_of_all_can_be_the_bad_one():
     losses.add(torch.tensor(math.nan), 4, 1)
     with pytest.raises(NonFiniteLoss, match="step 0;"):
         losses.read()
+
+
+def test_a_glance_on_a_cpu_is_the_loss_so_far():
+    losses = TrainingLoss(RunState(), CPU, "epoch 1")
+    losses.add(torch.tensor(3.0), 4, 0)
+    assert losses.glance() == 3.0
+    losses.add(torch.tensor(1.0), 4, 1)
+    assert losses.glance() == 2.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_glance_on_a_gpu_is_the_loss_at_the_glance_before():
+    losses = TrainingLoss(RunState(), Runtime(device=torch.device("cuda", 0)), "epoch 1")
+    seen = []
+    for step, loss in enumerate((3.0, 1.0, 2.0)):
+        losses.add(torch.tensor(loss, device="cuda"), 4, step)
+        seen.append(losses.glance())
+    assert seen == [None, 3.0, 2.0] and losses.read() == 2.0
+    losses.add(torch.tensor(math.nan, device="cuda"), 4, 3)
+    assert losses.glance() == 2.0
+    with pytest.raises(NonFiniteLoss, match="step 3;"):
+        losses.glance()

@@ -29,7 +29,9 @@ def test_conditions_and_seeds_make_runs_seed_by_seed(write, tmp_path):
         "conditions:\n  grows: {train_crop_size: [32, 48]}\n  fixed: {train_crop_size: 48, channels_last: true}\n"
     )
     study = read_study(path, "runs/x", ["--workers", "0"])
-    assert (study.name, study.title, study.metric, study.control) == ("study", "Sizes", "top1_ema", "fixed")
+    assert (study.name, study.title, study.control) == ("study", "Sizes", "fixed")
+    assert study.metrics == {"grows": "top1_ema", "fixed": "top1_ema"}
+    assert study.controls == {"grows": "fixed", "fixed": "fixed"}
     assert [(run.condition, run.seed) for run in study.runs] == [("grows", 3), ("fixed", 3), ("grows", 1), ("fixed", 1)]
     first = study.runs[0]
     assert first.folder == first.config.output_dir == "runs/x/grows_seed3"
@@ -63,6 +65,14 @@ def test_a_condition_may_start_from_the_weights_of_another_with_the_same_seed(wr
     ]
     assert study.runs[3].source is study.runs[2]
     assert study.runs[3].flags[-2:] == ("--weights", "r/first_seed1/model_best.pth")
+
+
+def test_a_condition_may_be_judged_by_a_metric_and_a_control_of_its_own(write):
+    text = (
+        "base: base.yaml\ncontrol: a\nconditions:\n  a: {}\n  b: {lr: 0.2}\n  c: {lr: 0.3, metric: auc, control: b}\n"
+    )
+    study = read_study(write(text), "r")
+    assert study.metrics == {"a": "top1", "b": "top1", "c": "auc"} and study.controls == {"a": "a", "b": "a", "c": "b"}
 
 
 def test_rows_are_known_by_what_shapes_a_run_and_not_by_place_or_seed(write):

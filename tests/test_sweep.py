@@ -3,8 +3,11 @@
 import csv
 import os
 import re
+import shutil
 import signal
+from contextlib import suppress
 
+import psutil
 import pytest
 from programs import ROOT, Process, environment, finished, sweep_popen, wait_until
 from runs import make_tree
@@ -26,8 +29,19 @@ def place(tmp_path, images):
         where = ["--output-dir", call.folder / "runs", "--results", call.folder / "results"]
         return sweep_popen(study, *where, *options, "--", *FLAGS, "--data-path", images, *flags)
 
-    call.folder = tmp_path
+    def hold(run, epoch):
+        call.runs.mkdir(parents=True, exist_ok=True)
+        (call.runs / f"hold_{run}").write_text(str(epoch))
+
+    call.folder, call.runs = tmp_path, tmp_path / "runs" / "study"
+    call.hold, call.release = hold, lambda run: (call.runs / f"hold_{run}").unlink()
     return call
+
+
+def ended(sweep):
+    """False as long as it runs; a test that waits for what it does need not wait longer."""
+    assert sweep.poll() is None, sweep.printed()
+    return False
 
 
 def rows_of(folder, part=""):
@@ -59,7 +73,9 @@ def test_each_run_leaves_a_row_and_its_epochs_and_the_study_its_statistics(place
     assert float(means["low"]["high"]) == pytest.approx(51 + 4.302653 / 3**0.5, abs=1e-3)
     (pair,) = [row for row in rows_of(place.folder, "_differences") if row["column"] == "top1"]
     assert (pair["one"], pair["other"], pair["mean"], pair["sd"], pair["n"]) == ("high", "low", "20", "0", "3")
-    assert "above low" in done.stdout and "+20.00 [+20.00, +20.00]" in done.stdout and "differs" in done.stdout
+    assert re.search(
+        r"high +3 +top1 71\.00 \[68\.52, 73\.48\] +\+20\.00 \[\+20\.00, \+20\.00\] than low +differs", done.stdout
+    )
     assert not list(place.folder.glob("runs/study/*/checkpoint*.pth"))  # of finished runs; best weights stay
     assert len(list(place.folder.glob("runs/study/*/model_best.pth"))) == 6
 
@@ -73,47 +89,70 @@ def test_finished_runs_are_not_run_again_and_a_new_condition_is_added(place):
     assert set(starts(place.folder).values()) == {1}
 
 
+PARTS = ("", "_epochs", "_means", "_differences")
+
+
 def test_killed_twice_it_ends_with_the_rows_of_an_undisturbed_one_and_no_run_twice(place, tmp_path):
-    text = TWO.replace("epochs: 3", "epochs: 12")
-    for count in (1, 3):
-        sweep = place(text)
-
-        def begun(count=count, sweep=sweep):
-            assert sweep.poll() is None, sweep.printed()
-            return len(list(place.folder.glob("runs/study/*/metrics.jsonl"))) >= count
-
-        wait_until(begun, f"{count} runs")
+    def kill_when_started(run):
+        sweep = place(TWO)
+        wait_until(lambda: (place.runs / run / "starts").exists() or ended(sweep), f"the start of {run}")
         sweep.kill()
         sweep.wait()
-    done = finished(place(text))
-    assert done.returncode == 0, done.stderr
-    assert set(starts(place.folder).values()) == {
-        1
-    }  # what trained on when its sweep was killed was found and waited for
-    cut = [rows_of(place.folder, part) for part in ("", "_epochs", "_means", "_differences")]
-    place.folder = tmp_path / "undisturbed"
+
+    place.hold("low_seed0", epoch=1)
+    place.hold("low_seed1", epoch=1)  # the third run
+    kill_when_started("low_seed0")
+    place.release("low_seed0")
+    kill_when_started("low_seed1")
+    sweep = place(TWO)
+    wait_until(lambda: "low, seed 1: training, 1 of 3 epochs" in sweep.printed()[0] or ended(sweep), "its finding")
+    place.release("low_seed1")
+    assert sweep.wait() == 0, sweep.printed()
+    assert set(starts(place.folder).values()) == {1}  # what a killed sweep left training was found and waited for
+    cut = [rows_of(place.folder, part) for part in PARTS]
+    place.folder, place.runs = tmp_path / "undisturbed", tmp_path / "undisturbed" / "runs" / "study"
     place.folder.mkdir()
-    assert finished(place(text)).returncode == 0
-    assert cut == [rows_of(place.folder, part) for part in ("", "_epochs", "_means", "_differences")]
-    assert [len(part) for part in cut] == [6, 72, 10, 5]  # means of five measures, of two conditions
+    assert finished(place(TWO)).returncode == 0
+    assert cut == [rows_of(place.folder, part) for part in PARTS]
+    assert [len(part) for part in cut] == [6, 18, 8, 4]  # means of four measures, of two conditions
+
+
+def test_a_run_that_is_killed_with_its_sweep_goes_on_where_it_was_saved(place):
+    place.hold("low_seed0", epoch=2)
+    sweep = place(TWO)
+    metrics = place.runs / "low_seed0" / "metrics.jsonl"
+    wait_until(lambda: ended(sweep) or (metrics.exists() and metrics.read_text().count("\n") == 2), "two epochs")
+    sweep.kill()
+    sweep.wait()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(place.runs / "low_seed0") in process.cmdline():
+                process.kill()
+                wait_until(lambda gone=process: not gone.is_running() or gone.status() == "zombie", "its end")
+    place.release("low_seed0")
+    assert finished(place(TWO)).returncode == 0
+    assert starts(place.folder).pop("low_seed0") == 2 and metrics.read_text().count("\n") == 3
+    assert len(rows_of(place.folder)) == 6 and len(rows_of(place.folder, "_epochs")) == 18
 
 
 def test_told_to_stop_it_saves_what_trains_and_goes_on_there(place):
     text = "settings: {epochs: 40, lr: 0.05}\nconditions: {only: {}}\n"
+    place.hold("only_seed0", epoch=2)
     sweep = place(text)
-    metrics = place.folder / "runs" / "study" / "only_seed0" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, "two epochs")
+    metrics = place.runs / "only_seed0" / "metrics.jsonl"
+    wait_until(lambda: ended(sweep) or (metrics.exists() and metrics.read_text().count("\n") == 2), "two epochs")
     sweep.send_signal(signal.SIGTERM)
     assert sweep.wait() == 3
-    trained = metrics.read_text().count("\n")
-    assert trained < 40 and not (place.folder / "results" / "study.csv").exists()
+    assert metrics.read_text().count("\n") == 2 and not (place.folder / "results" / "study.csv").exists()
+    place.release("only_seed0")
     done = finished(place(text))
     assert done.returncode == 0 and starts(place.folder) == {"only_seed0": 2}
     assert metrics.read_text().count("\n") == 40 and len(rows_of(place.folder)) == 1
 
 
 def test_a_time_budget_stops_it_with_status_3(place):
-    sweep = place("settings: {epochs: 4000, lr: 0.05}\nconditions: {only: {}}\n", "--time-budget", "1s")
+    place.hold("only_seed0", epoch=0)
+    sweep = place("settings: {lr: 0.05}\nconditions: {only: {}}\n", "--time-budget", "1s")
     assert sweep.wait() == 3
     assert not (place.folder / "results" / "study.csv").exists()
 
@@ -123,7 +162,7 @@ def test_a_run_that_fails_is_named_and_leaves_the_others_right(place):
     done = finished(place(text))
     assert done.returncode == 1
     assert "bad, seed 0: failed, no folder of images at all" in done.stdout
-    assert "killed, seed 1: failed, killed by signal SIGKILL" in done.stdout
+    assert "killed, seed 1: failed, killed by signal SIGKILL, as when memory runs out" in done.stdout
     assert [(row["condition"], row["top1"]) for row in rows_of(place.folder)] == [("good", "50"), ("good", "51")]
     again = finished(place(text.replace("lr: 13", "lr: 0.06").replace("lr: 14", "lr: 0.07")))
     assert again.returncode == 0  # what failed is tried again, what has a row is not
@@ -144,8 +183,7 @@ def test_a_run_waits_for_the_weights_it_starts_from_and_trains_them_again_where_
     (transfer,) = [row for row in rows_of(place.folder) if row["condition"] == "transfer"]
     assert transfer["weights"] == "of source"
     for file in (place.folder / "runs" / "study" / "transfer_seed0", place.folder / "runs" / "study" / "source_seed0"):
-        for left in sorted(file.rglob("*"), reverse=True):
-            left.rmdir() if left.is_dir() else left.unlink()
+        shutil.rmtree(file)
     rows = [row for row in read_rows(str(place.folder / "results" / "study.csv")) if row["condition"] == "source"]
     write_rows(str(place.folder / "results" / "study.csv"), rows)  # as a clone elsewhere has it, half way
     assert finished(place(text)).returncode == 0
@@ -193,9 +231,10 @@ def test_data_that_are_not_there_are_told_before_the_first_run(place):
 
 
 def test_a_second_sweep_of_the_same_study_is_refused(place):
-    first = place("settings: {epochs: 400, lr: 0.05}\nconditions: {only: {}}\n")
-    wait_until(lambda: list(place.folder.glob("runs/study/*/starts")), "the first run")
-    second = finished(place("settings: {epochs: 400, lr: 0.05}\nconditions: {only: {}}\n"))
+    place.hold("only_seed0", epoch=0)
+    first = place("settings: {lr: 0.05}\nconditions: {only: {}}\n")
+    wait_until(lambda: ended(first) or (place.runs / "only_seed0" / "starts").exists(), "the first run")
+    second = finished(place("settings: {lr: 0.05}\nconditions: {only: {}}\n"))
     assert second.returncode == 2 and "another sweep works in" in second.stderr
     first.send_signal(signal.SIGINT)
     assert first.wait() == 3

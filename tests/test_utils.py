@@ -1,8 +1,4 @@
-"""Random numbers by key, the wish to stop, devices."""
-
-import os
-import signal
-from types import SimpleNamespace
+"""Random numbers by key, devices."""
 
 import numpy as np
 import pytest
@@ -16,7 +12,6 @@ from settings.resolve import resolve
 from utils import (
     GOLDEN,
     Runtime,
-    Stop,
     drawing_from,
     find_amp_dtype,
     find_device,
@@ -96,80 +91,6 @@ def test_what_the_model_draws_follows_from_seed_epoch_step_and_rank():
     keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
     assert len({drawn(*key) for key in keys}) == 5
     assert drawn(*keys[3]) == drawn(*keys[3])
-
-
-# ---- the wish to stop ----
-
-
-def test_nobody_asks_nothing_stops():
-    with Stop(CPU) as stop:
-        assert not any(stop(step) for step in range(20))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_seen_at_the_next_step_and_handlers_come_back(number):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Stop(CPU) as stop:
-        assert not stop(1)
-        os.kill(os.getpid(), number)
-        assert stop(2) and stop(3)
-        assert stop.reason == f"signal {number.name}"
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_handlers_come_back_after_an_error_too():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyError), Stop(CPU):
-        assert signal.getsignal(signal.SIGTERM) != before[0]
-        raise KeyError
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_ctrl_c_twice_ends_it_at_once():
-    with Stop(CPU) as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop(1)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            stop(2)
-
-
-def test_sigterm_twice_still_saves():
-    with Stop(CPU) as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop(1) and stop.reason == "signal SIGTERM"
-
-
-@pytest.mark.parametrize(("budget", "lasts", "ends"), [("90s", 89.9, 90.0), ("1.5m", 89.9, 90.1), ("2h", 7199, 7200)])
-def test_a_time_budget_counts_from_the_start(monkeypatch, budget, lasts, ends):
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(utils, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    with Stop(CPU, budget) as stop:
-        clock.now += lasts
-        assert not stop(1)
-        clock.now = 1000.0 + ends
-        assert stop(2) and stop.reason == "time budget spent"
-
-
-def test_several_processes_agree_every_eight_steps():
-    asked = []
-
-    def agree(wish):
-        asked.append(wish)
-        return wish
-
-    with Stop(SimpleNamespace(world_size=2, is_main=False, any=agree)) as stop:
-        assert [stop(step) for step in range(1, 9)] == [False] * 8
-        assert asked == [False]  # at step 8
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert [stop(step) for step in range(9, 17)] == [False] * 7 + [True]
-        assert stop(17) and asked == [False, True]
-
-
-def test_a_wish_of_another_process_counts():
-    with Stop(SimpleNamespace(world_size=2, is_main=True, any=lambda wish: True)) as stop:
-        assert not stop(7) and stop(8)
 
 
 # ---- devices and precision ----
@@ -252,5 +173,6 @@ def test_a_step_scales_gradients_down_to_the_norm_asked_for():
     optimizer = torch.optim.SGD([weight], lr=1.0)
     for clip, expected in ((None, [-3.0, -4.0]), (1.0, [-0.6, -0.8]), (10.0, [-3.0, -4.0])):
         weight.data.zero_()
-        CPU.backward_and_step((weight * torch.tensor([3.0, 4.0])).sum(), optimizer, [weight], clip)
+        weight.grad = torch.tensor([3.0, 4.0])
+        CPU.update(optimizer, [weight], clip)
         assert weight.tolist() == pytest.approx(expected, abs=1e-5)

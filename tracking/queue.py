@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from reporting.folder import METRICS, SUMMARY, RunFolder
 from settings.errors import ConfigError
-from studies.launch import STOPPED
+from studies.launch import STOPPED, Attempt
 from studies.study import Run
 from tracking.run import requirements
 from tracking.server import ROOT, find_task, load_sdk, why_no_server
@@ -47,16 +48,22 @@ class Queue:
             )
         self.code = pushed_code()
 
-    def start(self, run: Run) -> "QueuedRun":
-        """Make the task of a run and queue it, or find the one that an earlier sweep has sent."""
-        folder = RunFolder(run.folder)
-        sent = folder.read_json(QUEUED)
-        task = sent and find_task(sent["id"])
-        if task is None or task.get_status() in ENDED_BADLY:
-            task = self.make(run)
-            os.makedirs(run.folder, exist_ok=True)
-            folder.write(QUEUED, json.dumps({"id": task.id}))
-            load_sdk().Task.enqueue(task, queue_name=self.name)
+    def find(self, runs: Sequence[Run]) -> dict[Run, Attempt]:
+        """Find those of `runs` that an earlier sweep has sent, and that have not ended badly since."""
+        found: dict[Run, Attempt] = {}
+        for run in runs:
+            sent = RunFolder(run.folder).read_json(QUEUED)
+            task = sent and find_task(sent["id"])
+            if task is not None and task.get_status() not in (*ENDED_BADLY, "created"):
+                found[run] = QueuedRun(run, task)
+        return found
+
+    def start(self, run: Run) -> Attempt:
+        """Make the task of a run, and queue it."""
+        task = self.make(run)
+        os.makedirs(run.folder, exist_ok=True)
+        RunFolder(run.folder).write(QUEUED, json.dumps({"id": task.id}))
+        load_sdk().Task.enqueue(task, queue_name=self.name)
         return QueuedRun(run, task)
 
     def make(self, run: Run) -> Any:

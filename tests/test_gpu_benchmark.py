@@ -1,0 +1,305 @@
+"""benchmarks/gpu.py: its rehearsal, how it goes on and what it survives, the figures it derives, its page, its studies."""
+
+import importlib
+import json
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import measurements
+import psutil
+import pytest
+import torch
+from programs import ROOT
+from torch import nn
+
+from settings.resolve import resolve
+from studies.study import read_study
+
+sys.path.append(str(ROOT / "benchmarks"))  # behind the program's own modules
+gpu, parts, work, rows_of, page, end_to_end, tables, setups = map(
+    importlib.import_module,
+    ["gpu", "gpu_parts", "gpu_work", "gpu_rows", "gpu_page", "end_to_end", "tables", "gpu_setup"],
+)
+
+MACHINE = {"gpu": "A card", "cpu": "C", "cores": 2}
+
+
+# ---- a rehearsal ----
+
+
+def start(out, *options):
+    return gpu.main(gpu.read_options(["--out", str(out), "--rehearse", *options]))
+
+
+def test_a_rehearsal_leaves_rows_and_a_page_and_goes_on(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert start(out, "--parts", "ceilings", "smoke", "step", "profile", "batch", "--minutes", "4") == 0
+    text = (out / "rows.jsonl").read_text()
+    assert str(ROOT) not in text and str(tmp_path) not in text
+    rows = [json.loads(line) for line in text.splitlines()]
+    for row in rows:
+        assert (
+            row["benchmark"] == "gpu" and row["settings"]["model"] == "shufflenet_v2_x0_5" and row["settings"]["tiny"]
+        )
+        assert {"machine", "versions", "commit", "date"} <= row.keys()
+    # In the order asked for, by worth within a part: the first and the last size, then the rest
+    ended = [(row["part"], row["item"], row["status"]) for row in rows if "status" in row]
+    assert ended == [
+        ("ceilings", "ceilings", "done"), ("smoke", "32 px", "done"), ("smoke", "40 px", "done"),
+        ("step", "32 px", "done"), ("step", "40 px", "done"), ("step", "48 px", "done"),
+        ("profile", "32 px", "done"), ("batch", "32 px", "done"), ("batch", "40 px", "done"),
+    ]  # fmt: skip
+    ways = [row["way"] for row in rows if row["part"] == "step" and row.get("image_size") == 40]
+    assert ways == ["bare", "ours", "reference"]
+    assert [row["batch_size"] for row in rows if row["part"] == "batch" and "way" in row] == [2, 4] * 2
+    (profiled,) = [row for row in rows if row.get("way") == "profile"]
+    assert profiled["steps"] == 2 and profiled["kernels_per_step"] > 100
+    assert (out / "profile.json.gz").stat().st_size > 1000
+    html = (out / "report.html").read_text()
+    assert html.count("<svg") == 3 and "a rehearsal" in html and "Not finished" not in html
+    capsys.readouterr()
+
+    # The same again measures nothing; another part goes on in the same folder, with no time it is left.
+    assert start(out, "--parts", "smoke", "step") == 0
+    assert (out / "rows.jsonl").read_text() == text
+    assert start(out, "--parts", "smoke", "reference", "--box", "reference=0") == 3
+    assert (out / "rows.jsonl").read_text() == text
+    assert start(out, "--parts", "smoke", "reference", "--plan") == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "smoke           1 min  32 px (done); 40 px (done)",
+        "reference     1.5 min  32 px; 40 px",
+    ]
+
+    with pytest.raises(gpu.ConfigError, match=r"holds rows of another batch_size; give another folder$"):
+        start(out, "--batch-size", "7")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--parts", "smok"], "'smok' is no part; accepted: smoke, tests, "),
+        (["--parts", "none.yaml"], "'none.yaml' is no part"),
+        (["--box", "smoke"], "must be PART=MINUTES, got 'smoke'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(options, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        gpu.read_options(["--out", "x", *options])
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_data_are_needed_unless_it_is_a_rehearsal(tmp_path):
+    with pytest.raises(gpu.ConfigError, match="--data DIR is missing"):
+        gpu.main(gpu.read_options(["--out", str(tmp_path / "out")]))
+    assert not (tmp_path / "out").exists()
+    assert gpu.main(gpu.read_options(["--out", str(tmp_path / "out"), "--plan"])) == 0
+
+
+def test_all_parts_by_default_but_the_race():
+    args = gpu.read_options(["--out", "x"])
+    items = gpu.items_of(args, setups.Setup(device="cpu"))
+    assert list(items) == [part for part in gpu.BOXES if part != "race"]
+    assert [item.name for item in items["whole"]] == ["128, 185, 242, 300 px", "192, 256, 320 px"]
+    assert [item.name for item in items["step"]] == [f"{size} px" for size in (128, 300, 185, 242, 192, 256, 320)]
+    args.parts = ["race", "configs/leaderboard/studies/race_20.yaml"]
+    assert [item.name for of in gpu.items_of(args, setups.Setup(device="cpu")).values() for item in of] == [
+        "configs/leaderboard/studies/race.yaml", "configs/leaderboard/studies/race_20.yaml",
+    ]  # fmt: skip
+
+
+# ---- what ends badly ----
+
+
+def test_a_measurement_that_fails_dies_or_never_ends_costs_itself(tmp_path, monkeypatch):
+    log = tmp_path / "log.txt"
+    worker = work.Worker(setups.TINY, str(log))
+
+    def rows(function, *args):
+        return worker.measure(parts.Item("part", "name", function, args), time.monotonic() + 200)
+
+    try:
+        first = list(rows(measurements.well, 1, 2))
+        assert [row["value"] for row in first] == [1, 2]
+        process = first[0]["process"]
+        failing = rows(measurements.badly)
+        assert next(failing)["process"] == process  # its rows count, up to there
+        with pytest.raises(work.Ended, match=r"^RuntimeError: no such luck$") as end:
+            next(failing)
+        assert not end.value.cut and "in two lines" in log.read_text()
+        running = rows(measurements.never)
+        row = next(running)
+        assert row["process"] == process  # a failure did not cost the process
+        with monkeypatch.context() as patch:
+            patch.setattr(work, "time", SimpleNamespace(monotonic=lambda: 1e12))
+            with pytest.raises(work.Ended, match=r"^time was over$") as end:
+                next(running)
+        assert end.value.cut
+        assert not any(psutil.pid_exists(number) and psutil.Process(number).status() != "zombie" for number in (process, row["child"]))  # fmt: skip
+        dying = rows(measurements.dying)
+        assert next(dying) == {"way": "dying"}
+        with pytest.raises(work.Ended, match="ended with status 7; see ") as end:
+            next(dying)
+        assert not end.value.cut
+    finally:
+        worker.close()
+
+
+def test_a_study_is_told_its_time_and_how_it_ended(tmp_path, monkeypatch):
+    sweep, told = tmp_path / "sweep.py", tmp_path / "told.json"
+    sweep.write_text(f"import json, pathlib, sys\npathlib.Path({str(told)!r}).write_text(json.dumps(sys.argv[1:]))\nprint('error: no val/ there', file=sys.stderr)\nsys.exit(int(sys.argv[1]))")  # fmt: skip
+    monkeypatch.setattr(work.common, "ROOT", tmp_path)
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    setup = setups.Setup(device="cpu", workers=7, out=str(tmp_path / "out"))
+
+    def carry_out(status):
+        work.run_study(status, setup, str(tmp_path / "data"), 3, 190.0, str(tmp_path / "log"))
+
+    carry_out("0")
+    flags = json.loads(told.read_text())
+    assert flags[:5] == ["0", "--parallel", "3", "--time-budget", "90s"]
+    assert flags[flags.index("--workers") + 1] == "2" and flags[flags.index("--data-path") + 1] == f"{tmp_path}/data"
+    for status, message, cut in (("3", "time was over", True), ("2", "no val/ there", False), ("1", "some runs failed; see .*log", False)):  # fmt: skip
+        with pytest.raises(work.Ended, match=f"^{message}$") as end:
+            carry_out(status)
+        assert end.value.cut is cut
+
+
+def test_rows_after_a_crash(tmp_path):
+    rows = rows_of.Rows(tmp_path)
+    assert rows.read() == [] and rows.ended("C") == {}
+    machine = {"gpu": None, "cpu": "C"}
+    rows.add({"part": "step", "item": "a", "status": "done", "machine": machine})
+    with open(rows.path, "a") as file:
+        file.write('{"part": "st')  # cut short
+    rows.add({"part": "step", "item": "b", "status": "cut", "machine": machine})
+    rows.add({"part": "step", "item": "b", "status": "failed", "machine": machine})
+    assert len(rows.read()) == 3
+    assert rows.ended("C") == {("step", "a"): "done", ("step", "b"): "failed"}
+    assert rows.ended("another card") == {}
+    assert [row["item"] for row in rows_of.unfinished(rows.read())] == ["b"]
+
+
+def test_utilisation_is_sampled_while_a_line_of_metrics_is_half_written(tmp_path, monkeypatch):
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 42\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epo')
+    waits = iter([False, False, True])
+    end_to_end.watch_gpu("GPU-1", str(tmp_path), SimpleNamespace(wait=lambda seconds: next(waits)))
+    assert json.loads((tmp_path / "utilisation").read_text()) == [[1, 42.0], [1, 42.0]]
+
+
+# ---- figures ----
+
+
+def test_idle_time_is_what_no_kernel_covers():
+    assert parts.idle_share([(0, 2), (5, 6), (1, 3), (1.5, 2.5)]) == pytest.approx(2 / 6)  # 3 to 5, of 0 to 6
+    assert parts.idle_share([(4, 9)]) == 0
+
+
+def test_the_longest_kernels():
+    events = [SimpleNamespace(name=name, time_range=SimpleNamespace(elapsed_us=lambda us=us: us)) for name, us in (("a", 1000), ("b", 1500), ("a", 2000), ("c", 500))]  # fmt: skip
+    first, second, _ = parts.longest(events, 2)
+    assert first == {"kernel": "a", "ms_per_step": 1.5, "calls_per_step": 1.0, "share": 0.6}
+    assert second["kernel"] == "b" and second["share"] == pytest.approx(0.3)
+
+
+def test_the_least_traffic_of_an_image():
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    # 12 numbers in, 16 out; 16 in, 16 out: 60, of two bytes, once forward and twice backward
+    assert parts.bytes_per_image(net, 2) == 60 * 2 * 3
+
+
+def test_rows_are_compared_with_the_ceilings_and_the_reference_of_their_card():
+    def row(part, way, **values):
+        return {"part": part, "way": way, "image_size": 128, "machine": MACHINE, **values}
+
+    found = rows_of.measures(
+        [
+            row("ceilings", "bfloat16 product", tflops=800.0),
+            row("ceilings", "memory, read and written", gb_per_second=3000.0),
+            row("step", "ours", tflops=1.0, gb_per_second=1.0),
+            {"part": "step", "item": "128 px", "status": "done", "machine": MACHINE},
+            row("step", "ours", tflops=40.0, gb_per_second=1500.0),  # measured again
+            row("reference", "reference-loading", images_per_second=3000.0),
+            row("whole", "whole", images_per_second=9000.0),
+            row("whole", "whole", image_size=300, images_per_second=2400.0) | {"image_size": 300},
+            row("progressive", "staged", train_seconds=66.0, relative_cost=0.6),
+            row("progressive", "fixed", train_seconds=100.0, relative_cost=1.0),
+        ]
+    )
+    (ours,) = [row for row in found if row["part"] == "step"]
+    assert (ours["share_of_product"], ours["share_of_memory"]) == (0.05, 0.5)
+    small, large = (row for row in found if row["part"] == "whole")
+    assert small["times_reference"] == 3 and large["times_reference"] is None
+    (staged,) = [row for row in found if row["way"] == "staged"]
+    assert staged["time_ratio"] == pytest.approx(0.66) and staged["times_relative_cost"] == pytest.approx(1.1)
+    by_card = rows_of.by_card([{"machine": MACHINE}, {"machine": MACHINE | {"gpu": None}}])
+    assert list(by_card) == ["A card", "C"]
+
+
+def test_the_page_shows_each_card_and_what_is_not_finished(tmp_path):
+    origin = {"settings": {"model": "m", "batch_size": 8, "tiny": False}, "versions": {"torch": "2", "cuda": None}, "commit": None, "date": "2026-01-02T03"}  # fmt: skip
+    rows = rows_of.Rows(tmp_path)
+    rows.add(
+        {"part": "ceilings", "item": "ceilings", "way": "bfloat16 product", "tflops": 801.4, "machine": MACHINE}
+        | origin
+    )
+    rows.add({"part": "tests", "item": "x", "status": "failed", "reason": "<b>", "machine": MACHINE | {"gpu": "Other <card>"}} | origin)  # fmt: skip
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "race_means.csv").write_text(
+        "column,condition,mean,sd,n,low,high\ntop1,one,87.654,,1,,\nauc,one,1,,1,,\n"
+    )
+    page.write_page(str(tmp_path))
+    html = (tmp_path / "report.html").read_text()
+    assert "<h1>A card</h1>" in html and "<td>801</td>" in html
+    assert "<h1>Other &lt;card&gt;</h1>" in html and "<td>&lt;b&gt;</td>" in html
+    assert "<h2>Study: race</h2>" in html and "<td>87.65</td>" in html and "auc" not in html
+
+
+def test_the_performance_page_takes_a_card_s_rows(tmp_path, monkeypatch):
+    origin = {"settings": {"model": "m", "batch_size": 8}, "machine": MACHINE, "versions": {"torch": "2.6"}, "commit": "ab" * 20, "date": "2026-01-02T03"}  # fmt: skip
+    lines = [
+        {"part": "whole", "item": "x", "way": "whole", "image_size": 128, "images_per_second": 9000.0, "share_of_ceiling": 0.957},
+        {"part": "whole", "item": "x", "status": "done"},
+        {"part": "reference", "item": "x", "way": "reference-loading", "image_size": 128, "images_per_second": 2000.0},
+    ]  # fmt: skip
+    (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(line | origin) + "\n" for line in lines))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.table("gpu_whole").splitlines() == [
+        "| model | size, px | way | images/s | of the step alone | times the reference's loading |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| m | 128 | whole | 9,000 | 0.96 | 4.50 |",
+        "",
+        "*`benchmarks/gpu.py`: A card, torch 2.6, commit abababababab, 2026-01-02*",
+    ]
+
+
+# ---- the leaderboard's recipes ----
+
+
+@pytest.mark.parametrize("epochs", [5, 20])
+def test_recipes_keep_the_leaderboard_s_rules(epochs):
+    config = resolve(["--config", f"configs/leaderboard/imagenette_128px_{epochs}.yaml"])
+    assert (config.epochs, config.weights, max(config.train_crop_size)) == (epochs, None, 128)
+    assert config.val_crop_size <= 128 and config.dataset == "imagenette-160px"
+
+
+@pytest.mark.parametrize(
+    "study, runs", [("race", 8), ("race_20", 6), ("leaderboard", 10), ("staged", 9)], ids=lambda value: str(value)
+)
+def test_studies_of_the_leaderboard(study, runs):
+    found = read_study(str(ROOT / f"configs/leaderboard/studies/{study}.yaml"), "runs", ["--dataset", "imagefolder"])
+    assert len(found.runs) == runs and found.metric == "top1_ema"
+    for run in found.runs:
+        assert run.config.val_crop_size <= max(run.config.train_crop_size) and run.config.weights is None
+    if study == "leaderboard":
+        assert [run.seed for run in found.runs if run.condition == "5 epochs"] == [0, 1, 2, 3, 4]
+    if study == "staged":  # as much arithmetic: 12 of 20 epochs at the last size cost what the stages do
+        costs = {run.condition: run.gflops for run in found.runs}
+        assert costs["fixed, same time"] == pytest.approx(costs["staged"], rel=0.05) == 0.6 * costs["fixed"]
