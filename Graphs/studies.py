@@ -202,7 +202,8 @@ def every_seed(rows: Sequence[Row], group: Callable[[Row], str] | None = None) -
     groups = {row["condition"]: group(row) if group else "" for row in rows}
     points = [{"condition": row["condition"], "seed": row["seed"], "top1": measure(row)} for row in rows]
     x = alt.X("top1:Q", title=MEASURE, scale=alt.Scale(zero=False, padding=8), axis=COARSE)
-    labels = alt.Axis(labelLimit=240, labelExpr="split(datum.label, ', ')", ticks=False, grid=True)
+    lines = max(name.count(", ") + 1 for name in names)  # of a label
+    labels = alt.Axis(labelLimit=240, labelExpr="split(datum.label, ', ')", labelOffset=5 - 5 * lines, ticks=False, grid=True)  # fmt: skip
     y = alt.Y("condition:N", sort=names, title=None, axis=labels)
     shade = colour(list(dict.fromkeys(groups.values())), "group") if group else alt.value(COLOURS[0])
 
@@ -219,7 +220,6 @@ def every_seed(rows: Sequence[Row], group: Callable[[Row], str] | None = None) -
     middles = grouped(averages).mark_point(filled=True, size=130, shape="diamond", opacity=1).encode(
         alt.X("mean:Q"), y, color=shade, tooltip=ESTIMATE
     )  # fmt: skip
-    lines = max(name.count(", ") + 1 for name in names)  # of a label
     return layered(dots, bars, middles, height=max(36, 14 * lines + 6) * len(names))
 
 
