@@ -1,6 +1,7 @@
 """What README and docs show of settings, plans and results, by the name in their marks (see marks.py)."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -238,7 +239,7 @@ def scheduled_table() -> str:
     for name, schedule in SCHEDULES.items():
         row = SETTINGS[name]
         default = "the model's own" if DEFAULTS[name] is None else show(DEFAULTS[name])
-        rows.append([f"`{name}`", schedule.heading, row["help"], row["interval"], default])
+        rows.append([f"`{name}`", schedule.heading, prose(row["help"]), bounds(row["interval"]), default])
     return markdown(["setting", "in plans", "what it is", "accepted", "default"], rows)
 
 
@@ -248,10 +249,19 @@ def settings_table(group: str) -> str:
     Raises:
         ValueError: no setting is of this group.
     """
-    rows = [[f"`{name}`", row["help"], accepted(row), f"`{shown(name)}`"] for name, row in SETTINGS.items() if row["group"] == group]  # fmt: skip
+    rows = [[f"`{name}`", prose(row["help"]), accepted(row), f"`{shown(name)}`"] for name, row in SETTINGS.items() if row["group"] == group]  # fmt: skip
     if not rows:
         raise ValueError(f"no settings of the group {group!r}")
     return markdown(["setting", "what it is", "accepted", "default"], rows)
+
+
+def prose(text: str) -> str:
+    """Have Markdown show a text as it is: code stays code, other signs lose their meaning."""
+    return re.sub(r"`[^`]*`|[*_<|]", lambda found: found[0] if found[0].startswith("`") else "\\" + found[0], text)
+
+
+def bounds(interval: str) -> str:
+    return interval.replace("1000000000", "10⁹")
 
 
 def shown(name: str) -> str:
@@ -265,7 +275,7 @@ def accepted(row: Mapping[str, Any]) -> str:
     one = words[kind.removesuffix("s")] if kind != "bool" else words[kind]
     text = ", ".join(f"`{choice}`" for choice in row["choices"]) if row["choices"] else one
     if row["interval"]:
-        text += f" in {row['interval']}"
+        text += f" in {bounds(row['interval'])}"
     if kind.endswith("s") and not row["scheduled"]:
         text += ", several"
     if row["scheduled"]:

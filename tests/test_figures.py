@@ -15,7 +15,7 @@ from Graphs.figure import as_element, vl_version
 from Graphs.figures import SCHEDULE, all_figures
 from Graphs.marks import filled, with_table
 from Graphs.rows import first_and_last
-from Graphs.tables import Tables
+from Graphs.tables import Tables, prose
 from studies.rows import read_rows, write_rows
 
 
@@ -359,6 +359,16 @@ def test_figures_in_sentences(tmp_path, results):
     ):
         with pytest.raises(ValueError, match="value"):
             tables.value(nothing)
+
+
+def test_help_is_shown_as_it_is_written():
+    assert prose("S0+(Se-S0)*i/(M-1), `a_b`, of ra_scale <x>") == "S0+(Se-S0)\\*i/(M-1), `a_b`, of ra\\_scale \\<x>"
+    stages = Tables("results").table("settings stages")
+    assert (
+        "(Se-S0)\\*i/(M-1)" in stages and "| `stages` |" in stages and "| whole number in [1, 1000] | `1` |" in stages
+    )
+    with pytest.raises(ValueError, match="no settings of the group 'other'"):
+        Tables("results").table("settings other")
 
 
 def test_a_page_without_marks_for_a_table_is_refused():
