@@ -115,6 +115,7 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
     scheduler = StageScheduler(make_loader, learner.copies.values(), ahead)
     with stop.patiently(), scheduler, closing_loader(val_loader):
         for stage in ahead:
+            log.begin_stage(stage)
             loader = scheduler.enter(stage)
             learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes)
             for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):

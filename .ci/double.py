@@ -14,7 +14,8 @@ PASSED = ROOT / "tests" / "data" / "double.sha256"
 
 def fingerprint() -> str:
     digest = hashlib.sha256(f"{version('clearml')} {version('clearml-agent')}".encode())
-    for path in sorted([*ROOT.glob("tests/*clearml_server.py"), *ROOT.glob("tracking/*.py")]):
+    patterns = "tests/*clearml_server.py", "tests/clearml_double/*.py", "tracking/*.py"
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

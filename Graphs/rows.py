@@ -30,14 +30,15 @@ def varying(rows: Sequence[Row]) -> list[str]:
     return [name for name in names[names.index("seed") + 1 : names.index("relative_cost")] if name != "epochs"]
 
 
-def minutes(rows: Sequence[Row]) -> tuple[str, Callable[[Row], float]]:
-    """Choose what training took: a processor's time, where runs share its cores, else that of the clock.
+def time_spent(rows: Sequence[Row]) -> tuple[str, Callable[[Row], float]]:
+    """Choose how to tell what training took: by the processor, whose cores runs share, or else by the clock.
 
-    Returns: the unit, and what finds a row's
+    Returns: the unit, minutes or, where all runs are short, seconds; and what finds a row's
     """
     on_cpu = all(row["device"] == "cpu" for row in rows)
-    column, unit = ("cpu_seconds", "processor minutes") if on_cpu else ("train_seconds", "minutes")
-    return unit, lambda row: row[column] / 60
+    column = "cpu_seconds" if on_cpu else "train_seconds"
+    unit, seconds = ("minutes", 60) if max(row[column] for row in rows) >= 180 else ("seconds", 1)
+    return f"processor {unit}" if on_cpu else unit, lambda row: row[column] / seconds
 
 
 def first_and_last(value: Any) -> tuple[float, float] | None:

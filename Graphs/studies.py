@@ -11,7 +11,7 @@ from typing import Any
 import altair as alt
 
 from Graphs.figure import COLOURS, GREY, HEIGHT, LINE, WIDTH, Figure, Specification, styled
-from Graphs.rows import MEASURE, data_set, first_and_last, is_complete, minutes, study_file, varying
+from Graphs.rows import MEASURE, data_set, first_and_last, is_complete, study_file, time_spent, varying
 from settings.table import SCHEDULES
 from studies.rows import Row, read_rows
 from studies.statistics import mean_of
@@ -133,7 +133,7 @@ def layered(*charts: alt.Chart, height: float = HEIGHT) -> alt.LayerChart:
 def accuracy_over_time(rows: Sequence[Row]) -> alt.LayerChart:
     """Draw accuracy against what training took: a dot for each seed, mean and interval of each condition."""
     names = conditions_of(rows)
-    unit, spent = minutes(rows)
+    unit, spent = time_spent(rows)
     points = [
         {"condition": row["condition"], "seed": row["seed"], "x": spent(row), "top1": measure(row)} for row in rows
     ]
@@ -230,7 +230,7 @@ def by_data_set(rows: Sequence[Row]) -> alt.LayerChart:
 
 def parallel(rows: Sequence[Row]) -> alt.LayerChart:
     """Draw each run as a line through what varies and what it came to; each axis goes from its least to its largest value."""
-    unit, spent = minutes(rows)
+    unit, spent = time_spent(rows)
     columns: dict[str, list[float | None]] = {}
     for name in varying(rows):
         heading = SCHEDULES[name].heading if name in SCHEDULES else name.replace("_", " ")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from Graphs.marks import markdown
-from Graphs.rows import ROOT, STUDIES, comparison, data_set, minutes, study_file
+from Graphs.rows import ROOT, STUDIES, comparison, data_set, study_file, time_spent
 from reporting.folder import RunFolder
 from settings.resolve import resolve
 from settings.table import DEFAULTS, SCHEDULES, SETTINGS, show
@@ -117,7 +117,7 @@ class Tables:
 
     def conditions_table(self, study: str, rows: Sequence[Row]) -> str:
         """Build the table of a study's conditions, each with its config and its rows."""
-        unit, spent = minutes(rows)
+        unit, spent = time_spent(rows)
         conditions = list(dict.fromkeys(row["condition"] for row in rows))
         compared = {name: comparison(study, rows, name) for name in conditions}
         metrics = list(dict.fromkeys(metric for metric, _ in compared.values()))
@@ -163,16 +163,17 @@ class Tables:
     def picture(self, name: str) -> str:
         """Show a figure: of the full-size study if it has rows, else of the small one, else none.
 
-        name: "schedule", or a full-size study and the kind of its figure
+        name: "schedule", or a full-size study and the kind of its figure; after a bar, what to show where it has none
         """
         from Graphs.figures import all_figures  # what draws is not needed for tables
 
         figures = {figure.place: figure for figure in all_figures(self.results)}
-        study, _, end = name.partition(" ")
-        for place in (name, f"{study}_small {end}".strip()):
-            if place in figures:
-                path = f"{self.up}Graphs/{figures[place].name}"
-                return f"[![{figures[place].title}]({path}.svg)]({path}.html)"
+        for wanted in map(str.strip, name.split("|")):
+            study, _, end = wanted.partition(" ")
+            for place in (wanted, f"{study}_small {end}".strip()):
+                if place in figures:
+                    path = f"{self.up}Graphs/{figures[place].name}"
+                    return f"[![{figures[place].title}]({path}.svg)]({path}.html)"
         return ""
 
     # ---- figures inside sentences ----

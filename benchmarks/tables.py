@@ -34,7 +34,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
         ("images", ".data", "{}"), ("crop, px", ".image_size", "{}"), ("way", "way", "{}"), ("seconds", "seconds", "{:.1f}"),
         ("images/s", "images_per_second", "{:,.0f}"), ("memory, GiB", "peak_rss_gib", "{:.2f}"), ("times decoding once", "times_decode_once", "{:.2f}"),
     )),
-    "step": ("step", ("bare", "ours", "ours-ema", "reference"), (
+    "step": ("step", ("bare", "ours", "ours-ema", "ours-eager", "reference"), (
         ("model", ".model", "{}"), ("size, px", ".image_size", "{}"), ("batch", ".batch_size", "{}"), ("way", "way", "{}"),
         ("images/s", "images_per_second", "{:,.1f}"), ("times the bare loop's time", "times_bare", "{:.3f}"),
     )),

@@ -35,6 +35,9 @@ class Dashboard:
     def start(self, config: Config) -> None:
         """Begin to show a run, with what its folder holds already."""
 
+    def begin_stage(self, stage: Stage) -> None:
+        """Show a stage that begins, of which the run's folder holds a picture."""
+
     def epoch(self, record: dict[str, Any]) -> None:
         """Show an epoch: its line of metrics.jsonl."""
 
@@ -56,6 +59,9 @@ class Dashboard:
 
 class RunLog:
     """The log of a process that writes nothing: that of every rank but 0."""
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Note that a stage begins."""
 
     def epoch(self, stage: Stage, state: RunState, learner: Learner, scores: Mapping[str, Score]) -> dict[str, Any]:
         """Build the line of metrics of an epoch, and log it."""
@@ -145,6 +151,9 @@ class FolderLog(RunLog):
         for stage, grid in samples.items():
             folder.write_picture(stage, grid)
         dashboard.start(config)
+
+    def begin_stage(self, stage: Stage) -> None:
+        self.dashboard.begin_stage(stage)
 
     def epoch(self, stage: Stage, state: RunState, learner: Learner, scores: Mapping[str, Score]) -> dict[str, Any]:
         record = epoch_record(stage, state, learner, scores)

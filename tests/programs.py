@@ -181,11 +181,16 @@ def program(*flags, env=None):
     return finished(popen(*flags, env=env))
 
 
+def upload_popen(folder, env, honest=False):
+    """Start `python -m tracking upload`."""
+    if honest or not FORKS:
+        return Process("-m", ["tracking", "upload", folder], environment(env))
+    return Forked("tracking/__main__.py", ["upload", folder], environment(env))
+
+
 def upload(folder, env, honest=False):
     """Run `python -m tracking upload`."""
-    if honest or not FORKS:
-        return finished(Process("-m", ["tracking", "upload", folder], environment(env)))
-    return finished(Forked("tracking/__main__.py", ["upload", folder], environment(env)))
+    return finished(upload_popen(folder, env, honest))
 
 
 def sweep_popen(*flags):

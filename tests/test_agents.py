@@ -95,6 +95,7 @@ def test_a_clone_runs_with_changed_settings_and_fails_clearly_on_wrong_ones(imag
     misspelt = server.user_clone(original.id, {"Hyperparameters/dropuot": "0.3"})
     run_agent(misspelt.id, env, tmp_path)
     assert misspelt.status == "failed" and "unknown setting dropuot; did you mean dropout?" in misspelt.console
+    assert misspelt.status_message.startswith("Changed by clearml-agent")  # the reason is in the console alone
 
     edited = server.user_clone(original.id)
     server.edit_configuration(edited.id, "config", original.configuration["config"].replace("lr: 0.01", "lr: 0.1"))

@@ -1,21 +1,17 @@
-"""The double of ClearML's API: what the real SDK, agent and optimizer send arrives, and the server's rules hold."""
+"""The double of ClearML's API: what the real SDK, agent and optimizer send arrives."""
 
-import base64
 import importlib.util
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
-from clearml_server import ACCESS_KEY, NO_ITERATION, SECRET_KEY, ClearMLServer, Image, Refused, hash_name
+from clearml_server import Image
 
 AGENT = Path(sys.executable).with_name("clearml-agent")
 HAS_SDK = importlib.util.find_spec("clearml") is not None
@@ -30,35 +26,6 @@ INIT = """
     Task.set_random_seed(None)
     quiet = dict(auto_connect_frameworks=False, auto_resource_monitoring=False, output_uri=True)
 """
-
-
-@pytest.fixture
-def server():
-    with ClearMLServer() as server:
-        yield server
-        server.check()
-
-
-@pytest.fixture
-def post(server):
-    """Send a call as the SDK does; its data, or Refused."""
-
-    def request(endpoint, body, authorization):
-        headers = {"Content-Type": "application/json", **({"Authorization": authorization} if authorization else {})}
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        if isinstance(body, bytes):
-            headers["Content-Type"] = "application/json-lines"
-        url = f"{server.url}/v2.23/{endpoint}"
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, data, headers, method="GET"), timeout=5) as reply:
-                return json.load(reply)["data"]
-        except urllib.error.HTTPError as error:
-            meta = json.load(error)["meta"]
-            raise Refused(meta["result_subcode"], meta["result_msg"], error.code) from None
-
-    basic = "Basic " + base64.b64encode(f"{ACCESS_KEY}:{SECRET_KEY}".encode()).decode()
-    bearer = "Bearer " + request("auth.login", {}, basic)["token"]
-    return lambda endpoint, authorization=bearer, **body: request(endpoint, body.get("lines", body), authorization)
 
 
 @pytest.fixture
@@ -84,15 +51,6 @@ def python(environment, tmp_path):
         return done
 
     return run
-
-
-def point(task, iteration, value, title="acc1", series="val", **more):
-    """A scalar as the SDK sends it."""
-    return {"type": "training_stats_scalar", "task": task, "iter": iteration, "metric": title, "variant": series, "value": value, **more}  # fmt: skip
-
-
-def lines(*events):
-    return "\n".join(json.dumps(event) for event in events).encode()
 
 
 @pytest.mark.double
@@ -293,164 +251,6 @@ def test_optimizer_runs_a_grid(server, python, tmp_path):
     jobs = [task for task in server.tasks.values() if task.hyperparams.get("Hyperparameters") and task is not base]
     assert sorted(job.scalars["acc1", "val"][1] for job in jobs) == [0.4, 0.8]
     assert "best ['0.4']" in done.stdout
-
-
-def test_unknown_calls_and_filters_fail_check(server, post):
-    with pytest.raises(Refused, match="Invalid endpoint"):
-        post("tasks.nonsense")
-    with pytest.raises(AssertionError, match=r"tasks\.nonsense"):
-        server.check()
-    server.unknown.clear()
-    post("tasks.get_all", shoe_size=43)
-    with pytest.raises(AssertionError, match=r"tasks\.get_all: shoe_size"):
-        server.check()
-    server.api.ignored.clear()
-    assert [call.endpoint for call in server.calls[-2:]] == ["tasks.nonsense", "tasks.get_all"]
-
-
-def test_keys_and_ping(server, post):
-    assert post("debug.ping", authorization=None)
-    for authorization, subcode in ((None, 20), ("Bearer stale", 30), ("Basic YTpi", 22)):
-        with pytest.raises(Refused) as refused:
-            post("tasks.get_all", authorization=authorization)
-        assert (refused.value.status, refused.value.subcode) == (401, subcode)
-    with pytest.raises(Refused, match="invalid credentials"):
-        post("auth.login", authorization="Basic YTpi")
-
-
-@pytest.mark.parametrize(
-    "calls, refused",
-    [
-        (["started", "completed", "started"], None),  # continued
-        (["started", "failed", "started"], "started"),
-        (["started", "failed", "reset", "started"], None),
-        (["started", "stopped", "completed"], None),
-        (["started", "completed", "stopped"], "stopped"),
-        (["completed"], "completed"),
-        (["enqueue", "enqueue"], "enqueue"),
-        (["enqueue", "dequeue", "enqueue"], None),
-        (["started", "enqueue"], "enqueue"),
-        (["started", "completed", "publish", "reset"], "reset"),
-        (["edit", "started", "edit"], "edit"),
-        (["started", "started"], None),
-    ],
-)
-def test_changes_of_status(post, calls, refused):
-    task = post("tasks.create", name="a run", type="training")["id"]
-    *before, last = calls
-    for call in before:
-        post(f"tasks.{call}", task=task)
-    if refused is None:
-        post(f"tasks.{last}", task=task)
-    else:
-        with pytest.raises(Refused) as error:
-            post(f"tasks.{last}", task=task)
-        assert error.value.subcode == 110
-        if last != "enqueue" and before[-1:] != ["publish"]:
-            post(f"tasks.{last}", task=task, force=True)
-
-
-def test_names_have_three_characters(post):
-    for endpoint, more in (("projects.create", {}), ("tasks.create", {"type": "training"}), ("models.create", {})):
-        with pytest.raises(Refused, match="too short"):
-            post(endpoint, name=" ab ", **more)
-        assert post(endpoint, name="abc", **more)["id"]
-
-
-def test_finished_tasks_take_no_artifact(post):
-    task = post("tasks.create", name="a run", type="training")["id"]
-    artifact = {"key": "summary", "type": "custom", "uri": "http://x/y"}
-    post("tasks.started", task=task)
-    post("tasks.add_or_update_artifacts", task=task, artifacts=[artifact])
-    post("tasks.completed", task=task)
-    with pytest.raises(Refused, match="status=completed"):
-        post("tasks.add_or_update_artifacts", task=task, artifacts=[artifact])
-
-
-def test_events_replace_by_task_iteration_title_and_series(server, post):
-    task = post("tasks.create", name="a run", type="training")["id"]
-    answer = post("events.add_batch", lines=lines(
-        point(task, 0, 0.5), point(task, 1, 0.75), point(task, 1, 0.25), point(task, 1, 0.1, series="train"),
-        point("nobody", 1, 1.0), point(task, NO_ITERATION, 0.9, "Summary", "best"),
-        point(task, 1000, 5.0, ":monitor:machine", "cpu_usage"), point(task, 2, float("nan")),
-    ))  # fmt: skip
-    assert (answer["added"], answer["errors"]) == (6, 2)
-    held = server.tasks[task]
-    assert held.scalars["acc1", "val"] == {0: 0.5, 1: 0.25}
-    assert held.scalars["acc1", "train"] == {1: 0.1}
-    assert held.single_values == {"best": 0.9}
-    assert held.last_iteration == 1  # neither the monitor's nor the single value's
-    summary = held.fields["last_metrics"][hash_name("acc1")][hash_name("val")]
-    assert (summary["value"], summary["min_value"], summary["max_value"]) == (0.25, 0.25, 0.75)
-    assert (summary["max_value_iteration"], summary["first_value"]) == (1, 0.5)
-    post("events.add_batch", lines=lines(point(task, 1, 0.8)))
-    assert held.scalars["acc1", "val"] == {0: 0.5, 1: 0.8}
-    with pytest.raises(Refused, match="Events not added"):
-        post("events.add_batch", lines=lines(point("nobody", 0, 1.0)))
-
-
-def test_reset_and_clone_keep_what_the_server_keeps(server, post):
-    task = post("tasks.create", name="a run", type="training", system_tags=["development"], tags=["small"])["id"]
-    item = {"section": "Hyperparameters", "name": "lr", "value": "0.1", "type": "float"}
-    post("tasks.edit", task=task, hyperparams={"Hyperparameters": {"lr": item}}, execution={"queue": "q"})
-    post("tasks.started", task=task)
-    model = post("models.create", name="best", uri="http://x/y", task=task, ready=False)["id"]
-    post("tasks.add_or_update_model", task=task, name="best", model=model, type="output", iteration=7)
-    post("tasks.add_or_update_artifacts", task=task, artifacts=[{"key": "a", "type": "custom", "uri": "http://x/z"}])
-    post("events.add_batch", lines=lines(point(task, 0, 0.5)))
-    held = server.tasks[task]
-    assert (held.last_iteration, list(held.models["output"]), list(held.artifacts)) == (7, ["best"], ["a"])
-
-    clone = server.user_clone(task, {"Hyperparameters/lr": 0.3, "Hyperparameters/epochs": 5})
-    assert clone.hyperparams == {"Hyperparameters": {"lr": "0.3", "epochs": "5"}}
-    assert held.hyperparams == {"Hyperparameters": {"lr": "0.1"}}
-    assert (clone.parent, clone.tags, clone.fields["system_tags"]) == (task, ["small"], [])
-    assert not (clone.scalars or clone.artifacts or clone.models["output"] or clone.fields["execution"].get("queue"))
-    with pytest.raises(Refused, match="status=in_progress"):
-        server.edit_hyperparams(task, {"Hyperparameters/lr": "0.3"})
-
-    server.user_reset(task)
-    assert (held.status, held.last_iteration, held.scalars, held.models["output"]) == ("created", 0, {}, {})
-    assert not (held.artifacts or server.models or held.fields["last_metrics"])
-    assert held.hyperparams == {"Hyperparameters": {"lr": "0.1"}}
-
-
-def test_get_all_filters_orders_and_projects(post):
-    tasks = {}
-    for name, value, tags in (("run 9", 0.9, ["a"]), ("run 2", 0.2, ["a", "b"]), ("other", 0.5, ["b"])):
-        tasks[name] = post("tasks.create", name=name, type="training", tags=tags)["id"]
-        post("events.add_batch", lines=lines(point(tasks[name], 0, value), point(tasks[name], 1, value / 2)))
-    best = f"last_metrics.{hash_name('acc1')}.{hash_name('val')}.max_value"
-
-    def names(**body):
-        return [task["name"] for task in post("tasks.get_all", **body)["tasks"]]
-
-    assert names(order_by=[f"-{best}"]) == ["run 9", "other", "run 2"]
-    assert names(order_by=[best], name="^run") == ["run 2", "run 9"]
-    assert names(tags=["a"], order_by=["name"]) == ["run 2", "run 9"]
-    assert names(tags=["__$all", "a", "b"]) == ["run 2"]
-    assert names(tags=["-a"]) == ["other"]
-    assert names(order_by=["name"], page=1, page_size=2) == ["run 9"]
-    (task,) = post("tasks.get_all", id=[tasks["other"]], only_fields=["status", best])["tasks"]
-    title, series = hash_name("acc1"), hash_name("val")
-    assert task == {"id": tasks["other"], "status": "created", "last_metrics": {title: {series: {"max_value": 0.5}}}}
-
-
-def test_stop_refuses_and_hang_never_answers(server, post):
-    server.hang()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=0.3) as client:
-        client.sendall(b"GET /debug.ping HTTP/1.1\r\n\r\n")
-        with pytest.raises(TimeoutError):
-            client.recv(1)
-        server.resume()
-        client.settimeout(5)
-        assert client.recv(1) == b""  # closed, not answered
-    assert post("debug.ping")
-    server.stop()
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", server.port), timeout=1)
-    server.start()
-    assert post("debug.ping")  # the same port, and the token still holds
 
 
 @pytest.mark.double

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from clearml_server import ClearMLServer
 from programs import RUN, honest_program
@@ -12,8 +13,9 @@ from runs import metrics
 
 from reporting.folder import RunFolder
 from settings.errors import ConfigError
-from settings.table import SETTINGS
+from settings.table import SETTINGS, Config
 from settings.values import convert, from_text
+from stages import make_plan
 from tracking.report import TaskReport
 
 STAGED = (
@@ -112,6 +114,60 @@ def test_a_picture_of_training_images_for_each_stage(online):
         ("training images", "stage 0, 32 px", 0): (folder / "report" / "stage_0.png").read_bytes(),
         ("training images", "stage 1, 64 px", 2): (folder / "report" / "stage_1.png").read_bytes(),
     }
+
+
+def test_a_picture_comes_when_its_stage_begins(online):
+    server, *_ = online
+    batches = [call.body for call in server.calls if call.endpoint == "events.add_batch"]
+
+    def arrival(metric, iteration):
+        """The number of the batch with the first such event."""
+        return next(
+            number
+            for number, batch in enumerate(batches)
+            if any((event.get("metric"), event.get("iter")) == (metric, iteration) for event in batch)
+        )
+
+    assert arrival("training images", 0) <= arrival("loss", 0)
+    assert arrival("loss", 1) <= arrival("training images", 2) <= arrival("loss", 2)
+
+
+@pytest.mark.parametrize("epochs, shown", [(0, []), (1, [0]), (2, [0]), (3, [0, 1]), (4, [0, 1])])
+def test_stages_yet_to_begin_are_not_shown(tmp_path, epochs, shown):
+    folder = RunFolder(str(tmp_path))
+    folder.write_plan(make_plan(Config(stages=2, epochs=4, train_crop_size=(32, 64))), ["ant", "bee"])
+    for stage in (0, 1):
+        folder.write_picture(stage, torch.zeros(3, 2, 2, dtype=torch.uint8))
+    folder.write_metrics([{"epoch": epoch, "loss": 0.5} for epoch in range(epochs)])
+    sent = []
+
+    class Task:
+        def get_logger(self):
+            return self
+
+        def is_offline(self):
+            return False
+
+        def get_reported_scalars(self):
+            return {"loss": {"train": {"x": [0, 1], "y": [0.5, 0.25]}}}
+
+        def report_table(self, *words, **more):
+            pass
+
+        def report_scalar(self, title, series, value, iteration):
+            sent.append((title, iteration))
+
+        def report_image(self, title, series, iteration, local_path):
+            sent.append((series, iteration))
+
+    report = TaskReport(Task(), folder, None)
+    report.so_far()
+    begun = [("stage 0, 32 px", 0), ("stage 1, 64 px", 2)]
+    # of the losses it has one, and another of epoch 1
+    assert sent == [("loss", epoch) for epoch in range(1, epochs)] + [begun[index] for index in shown]
+    report.picture(0)
+    report.picture(1)
+    assert [item for item in sent if item in begun] == begun  # none twice
 
 
 def test_confusions_and_accuracy_per_class_at_the_best_epoch_and_the_last(online):

@@ -18,6 +18,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from Graphs.figure import page as page_of
 from Graphs.figures import all_figures
 from settings.resolve import resolve
+from stages import plan_stages
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -246,6 +247,14 @@ def test_a_figure_can_be_reached_and_saved_by_keyboard(browser, site):
 
 
 # ---- the notebook ----
+
+
+def test_the_notebook_s_settings_for_a_gpu_are_settings():
+    cells = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4).cells
+    chosen = next(cell.source for cell in cells if "cuda.is_available" in cell.source).split("else:")[0]
+    config = resolve(" ".join(re.findall(r'"(--[^"]*)"', chosen)).split())
+    stages = [stage.image_size for stage in plan_stages(config)]
+    assert config.dataset == "imagenette-160px" and config.download and stages == [96, 117, 138, 160]
 
 
 def test_the_notebook_runs_on_a_cpu(tmp_path, monkeypatch):

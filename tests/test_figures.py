@@ -14,7 +14,7 @@ from Graphs import draw, studies
 from Graphs.figure import as_element, vl_version
 from Graphs.figures import SCHEDULE, all_figures
 from Graphs.marks import filled, with_table
-from Graphs.rows import first_and_last
+from Graphs.rows import first_and_last, time_spent
 from Graphs.tables import Tables, prose
 from studies.rows import read_rows, write_rows
 
@@ -339,6 +339,18 @@ def test_a_figure_is_of_the_full_size_where_there_is_one(tmp_path):
     assert tables.table("figure reproduce epochs").endswith("(Graphs/reproduce_small_epochs.html)")
     study_rows.write_reproduce(tmp_path, "reproduce", seeds=2)
     assert tables.table("figure reproduce epochs").endswith("(Graphs/ImageNetTE-EfficientNetV2-S.html)")
+    assert tables.table("figure dropout | reproduce time").endswith("(Graphs/reproduce_time.html)")
+
+
+@pytest.mark.parametrize(
+    ("device", "seconds", "unit", "shown"),
+    [("cpu", 600, "processor minutes", 10), ("cpu", 90, "processor seconds", 90), ("H200", 600, "minutes", 11), ("H200", 50, "seconds", 55)],
+)  # fmt: skip
+def test_short_trainings_are_told_in_seconds(device, seconds, unit, shown):
+    """The made-up clock runs 1.1 times as long as the processor."""
+    rows = [study_rows.row("a", 0, 70.0, seconds) | {"device": device}]
+    found, spent = time_spent(rows)
+    assert found == unit and spent(rows[0]) == pytest.approx(shown)
 
 
 def test_figures_in_sentences(tmp_path, results):

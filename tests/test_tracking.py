@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from clearml_server import ClearMLServer, Refused
+from clearml_server import ClearMLServer
 from programs import (
     LARGER,
     LIMIT,
@@ -21,8 +21,10 @@ from programs import (
 from runs import assert_same_bits, checkpoint, metrics
 
 from reporting.folder import RunFolder
-from tracking.__main__ import main
+from settings.table import Config
 from tracking.session import Session
+from tracking.settings import project_name, task_name
+from train import run
 
 # ---- it does no harm ----
 
@@ -54,6 +56,7 @@ def test_off_never_imports_clearml(images, tmp_path):
 def test_sigterm_saves_and_the_same_task_goes_on(images, tmp_path, server):
     out, env = tmp_path / "run", server.env(tmp_path / "cache")
     flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "100000"]
+    times = {}
     for more in ([], ["--resume", "auto"]):
         before = len(metrics(out)) if more else 0
         process = popen(*flags, *more, env=env)
@@ -65,6 +68,12 @@ def test_sigterm_saves_and_the_same_task_goes_on(images, tmp_path, server):
         assert task.status == "stopped" and "run last" in task.output_models
         epochs = [record["epoch"] for record in metrics(out)]
         assert epochs == list(range(len(epochs))) == list(task.scalars["loss", "train"])
+        # what was there has kept its time, and is counted once
+        assert times.items() <= task.times["loss", "train"].items()
+        times = dict(task.times["loss", "train"])
+        assert (
+            task.summary_of("loss", "train")["count"] == task.summary_of("stage", "image_size")["count"] == len(epochs)
+        )
     budget = program("--resume", "auto", "--output-dir", out, "--time-budget", "0.01", env=env)
     assert budget.returncode == 3 and "time budget" in budget.stdout, budget.stdout + budget.stderr
     assert server.only_task() is task and task.status == "stopped"
@@ -137,62 +146,54 @@ def test_a_server_lost_in_mid_run_costs_nothing(images, tmp_path, server, how):
     assert set(task.output_models) == {"run best", "run last"} and len(task.artifacts) == 3
 
 
-# ---- offline, and the upload ----
+# ---- names ----
 
 
-def test_killed_offline_resumed_and_uploaded_has_every_epoch_once(images, tmp_path, server):
-    out, env = tmp_path / "run", nowhere(tmp_path / "cache")
-    flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "100", "--clearml", "offline"]
-    process = popen(*flags, env=env)
-    process.wait_for_epochs(out, 4)
-    process.kill()
-    process.wait()
-    session = Session(RunFolder(str(out)))
-    with open(os.path.join(session.offline_folder, "metrics.jsonl"), "a") as file:
-        file.write('[{"metric": "loss", "varia')  # cut short, as a kill may leave it
-    done = program("--resume", "auto", "--output-dir", out, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert Session(RunFolder(str(out))).offline == session.offline
-    for _ in range(2):  # the second time changes nothing
-        sent = upload(out, server.env(tmp_path / "cache"))
-        assert sent.returncode == 0, sent.stdout + sent.stderr
-        task = server.only_task()
-        assert list(task.scalars["loss", "train"]) == list(range(100))
-        assert list(task.scalars["loss", "train"].values()) == pytest.approx([r["loss"] for r in metrics(out)])
-        assert task.status == "completed" and "epoch 100/100" in task.console
-        for name, file in (("run best", "model_best.pth"), ("run last", "checkpoint.pth")):
-            assert server.file(task.output_models[name]["uri"]) == (out / file).read_bytes()
-        assert set(task.artifacts) == {"summary.json", "metrics.jsonl", "report.html"}
-        assert task.hyperparams["Hyperparameters"]["epochs"] == "100" and len(task.images) == 1
+def test_a_project_is_the_same_however_it_is_typed(images, tmp_path, server):
+    env = server.env(tmp_path / "cache")
+    for typed in ("abc / def", "abc//def/", "abc / def"):
+        flags = [*RUN, "--data-path", images, "--output-dir", tmp_path / "run", "--epochs", "1", "--overwrite"]
+        done = program(*flags, "--clearml", "online", "--clearml-project", typed, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(server.tasks) == 3 and not server.refused
+    assert {server.projects[task.fields["project"]]["name"] for task in server.tasks.values()} == {"abc/def"}
 
 
-def test_a_killed_session_is_uploaded_without_a_resume(images, tmp_path, server):
-    out, env = tmp_path / "run", nowhere(tmp_path / "cache")
-    flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "100000", "--clearml", "offline"]
-    process = popen(*flags, env=env)
-    process.wait_for_epochs(out, 3)
-    process.kill()
-    process.wait()
-    with open(os.path.join(Session(RunFolder(str(out))).offline_folder, "log.jsonl"), "a") as file:
-        file.write('[{"msg": "half a li')
-    assert upload(out, server.env(tmp_path / "cache")).returncode == 0
-    task = server.only_task()
-    assert list(task.scalars["loss", "train"]) == [record["epoch"] for record in metrics(out)]
-    assert task.status == "stopped" and set(task.output_models) == {"run best", "run last"}
-
-
-def test_upload_says_what_it_needs(tmp_path, server, capsys):
-    assert main(["send"]) == 2
-    assert capsys.readouterr().err == "usage: python -m tracking upload OUTPUT_DIR\n"
-    assert main(["upload", str(tmp_path)]) == 2
+@pytest.mark.parametrize(
+    "typed, said",
+    [
+        ("ab/cde", "has a part that is too short for ClearML; give 3 or more characters between slashes"),
+        ("abc/d e/ f ", "too short"),
+        (" / ", "too short"),
+        ("/".join(["abc"] * 11), "has 11 parts between slashes; ClearML takes up to 10"),
+    ],
+)
+def test_names_of_projects_that_a_server_would_refuse(images, tmp_path, capsys, typed, said):
+    out = tmp_path / "run"
+    assert run([*RUN, "--data-path", str(images), "--output-dir", str(out), "--clearml-project", typed]) == 2
     told = capsys.readouterr().err
-    assert "no ClearML session" in told and told.count("\n") == 1
-    (tmp_path / "clearml").mkdir()
-    (tmp_path / "clearml" / "task.json").write_text('{"online": "f" , "offline": null}')
-    unset = upload(tmp_path, nowhere(tmp_path / "cache"), honest=True)
-    assert unset.returncode == 2 and "no ClearML server is configured" in unset.stderr
-    unknown = upload(tmp_path, server.env(tmp_path / "cache"))
-    assert unknown.returncode == 2 and "does not know task f" in unknown.stderr
+    assert told.count("\n") == 1 and told.startswith(f"error: clearml_project {typed!r}") and said in told
+    assert not out.exists()
+
+
+def test_ten_parts_are_a_name(tmp_path):
+    typed = "/".join(["abc"] * 10)
+    assert project_name(Config(clearml_project=f" {typed}/ ")) == typed
+    assert task_name(Config(clearml_task=" a run ")) == "a run"
+    assert task_name(Config(output_dir=str(tmp_path / "ab "))) == "resnet18 ab"
+
+
+@pytest.mark.parametrize("mode, status", [("online", 2), ("auto", 0)])
+def test_online_that_cannot_report_is_an_error(images, tmp_path, server, mode, status):
+    server.failing["tasks.create"] = 0
+    flags = [*RUN, "--data-path", images, "--output-dir", tmp_path / "run", "--epochs", "1", "--clearml", mode]
+    done = program(*flags, env=server.env(tmp_path / "cache"))
+    assert done.returncode == status, done.stdout + done.stderr
+    if mode == "online":
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: clearml online: ") and line.endswith("; --clearml auto trains all the same")
+    else:
+        assert "ClearML: this run is not reported: " in done.stdout and (tmp_path / "run" / "summary.json").exists()
 
 
 # ---- at a bad moment ----
@@ -207,7 +208,7 @@ def test_a_server_that_falls_silent_while_a_task_is_made(images, tmp_path):
         flags = [*RUN, "--data-path", images, "--output-dir", tmp_path / "run", "--epochs", "1"]
         done = program(*flags, env=double.env(tmp_path / "cache"))
         double.resume()
-    assert done.returncode == 0 and "ClearML: the server stopped answering; this run is not reported" in done.stdout
+    assert done.returncode == 0 and "ClearML: this run is not reported: the server stopped answering" in done.stdout
     assert (tmp_path / "run" / "summary.json").exists()
 
 
@@ -242,31 +243,6 @@ def test_a_dead_store_of_files_costs_files_only(images, tmp_path, server, refusi
     assert upload(out, server.env(tmp_path / "cache")).returncode == 0
     assert len(task.images) == 1 and "metrics.jsonl" in task.artifacts
     assert set(task.output_models) == {"run best", "run last"}
-
-
-def test_a_run_that_goes_on_is_not_uploaded_under_its_feet(images, tmp_path, server):
-    out, env = tmp_path / "run", server.env(tmp_path / "cache")
-    process = popen(*RUN, "--data-path", images, "--output-dir", out, "--epochs", "100000", env=env)
-    process.wait_for_epochs(out, 1)
-    refused = upload(out, env)
-    assert refused.returncode == 2 and "a run or another upload uses" in refused.stderr
-    assert server.only_task().status == "in_progress" and process.poll() is None
-    process.kill()
-    process.wait()
-
-
-def test_an_import_that_fails_goes_on_in_the_same_task(images, tmp_path, server):
-    out = tmp_path / "my run"
-    flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "2"]
-    done = program(*flags, env={**nowhere(tmp_path / "cache"), "PYTHONFAULTHANDLER": "1"})
-    assert done.returncode == 0 and f"`python -m tracking upload '{out}'`" in done.stdout
-    refuse = server.api.events_add_batch
-    server.api.events_add_batch = lambda events: (_ for _ in ()).throw(Refused(100, "no room"))
-    first = upload(out, server.env(tmp_path / "cache"))
-    server.api.events_add_batch = refuse
-    assert upload(out, server.env(tmp_path / "cache")).returncode == 0, first.stderr
-    task = server.only_task()  # no second one
-    assert task.status == "completed" and list(task.scalars["loss", "train"]) == [0, 1]
 
 
 def test_overwriting_forgets_the_older_run(images, tmp_path):

@@ -36,18 +36,23 @@ def never_fatal(consequence: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the SDK, the network, the server: anything
-        reason = " ".join(str(error).split())[:200]
-        print(f"ClearML: {consequence}: {type(error).__name__}: {reason}", flush=True)
+        print(f"ClearML: {consequence}: {brief(error)}", flush=True)
+
+
+def brief(error: BaseException) -> str:
+    """Tell an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 abandoned = False  # a thread that waits for a server
 
 
-def abandon(line: str) -> None:
-    """Print `line`, and note that a thread still waits for a server: `exit_now` will not wait for it."""
+def abandon(line: str | None = None) -> None:
+    """Note that a thread still waits for a server: `exit_now` will not wait for it; print `line` if there is one."""
     global abandoned
     abandoned = True
-    print(line, flush=True)
+    if line is not None:
+        print(line, flush=True)
 
 
 def exit_now(code: int) -> NoReturn:

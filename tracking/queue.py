@@ -14,7 +14,7 @@ from studies.launch import STOPPED, Attempt
 from studies.study import Run
 from tracking.run import requirements
 from tracking.server import ROOT, find_task, load_sdk, why_no_server
-from tracking.settings import send_settings
+from tracking.settings import project_name, send_settings
 
 QUEUED = "queued.json"  # in a run's folder: the task it is
 ASK_SECONDS = 15.0  # between two questions about a task
@@ -71,7 +71,7 @@ class Queue:
         Task = load_sdk().Task
         study = os.path.basename(os.path.dirname(run.folder))
         task = Task.create(
-            project_name=run.config.clearml_project,
+            project_name=project_name(run.config),
             task_name=f"{study}: {run.name}",
             task_type="training",
             packages=[f"{package}=={version}" for package, version in requirements()],

@@ -1,15 +1,18 @@
 """Reports of a run to a ClearML task."""
 
+import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from learning.checkpoint import previous_checkpoint
 from reporting.folder import BEST, CHECKPOINT, METRICS, REPORT, SUMMARY, RunFolder
 from reporting.records import worst_confusions
 from stages import COLUMNS
+from tracking.events import SAMPLES, Points, points_of
 from tracking.server import load_sdk
 
 ARTIFACTS = (SUMMARY, METRICS, REPORT)
@@ -37,10 +40,16 @@ SINGLE_VALUES = (
 
 
 class TaskReport:
-    """The reports of a run to a ClearML task, from what its folder holds. Repeating them changes nothing.
+    """The reports of a run to a ClearML task, from what its folder holds.
+
+    Repeated, they leave the page as it is: points that the task has are not told again, and the rest takes the place of
+    what it was. Two things they cannot: pictures and models are filed anew once the task is renamed, and the console,
+    which is the SDK's, is only appended to.
 
     folder: the run's
     no_files: why the server takes no files now, None if it does
+    known: the points that the task had when this report began
+    shown: the stages whose pictures are sent
     """
 
     def __init__(self, task: Any, folder: RunFolder, no_files: str | None):
@@ -50,27 +59,49 @@ class TaskReport:
         self.logger = task.get_logger()
         self.plan = folder.plan()
         self.classes = folder.classes()
+        self.known = Points()
+        self.shown: set[int] = set()
 
     def so_far(self) -> None:
-        """Report the stages, pictures of what augmentation does in them, and the epochs there are."""
+        """Report the plan, and the epochs there are with pictures of their stages."""
         heads, rows = self.plan.table()
         self.logger.report_table("plan", "stages", iteration=0, table_plot=[heads, *rows])
-        for stage in self.plan.stages:
-            picture = self.folder.picture(stage.index)
-            if os.path.exists(picture) and self.no_files is None:  # the SDK would hold up all else
-                series = f"stage {stage.index}, {stage.image_size} px"
-                self.logger.report_image("training images", series, stage.epochs.start, local_path=picture)
+        self.known = points_of(self.task)
         for record in self.folder.metrics():
             self.epoch(record)
+        self.pictures()
+
+    def pictures(self) -> None:
+        """Report the pictures of the stages of which there are epochs, as far as they are not sent."""
+        records = self.folder.metrics()
+        for stage in self.plan.stages:
+            if records and stage.epochs.start <= records[-1]["epoch"]:
+                self.picture(stage.index)
+
+    def picture(self, index: int) -> None:
+        """Report the picture of what augmentation does in a stage, once that has begun.
+
+        Not before: the page shows the greatest iteration of all reports as the task's.
+        """
+        stage, picture = self.plan.stages[index], self.folder.picture(index)
+        if self.no_files is not None or index in self.shown or not os.path.exists(picture):
+            return  # the SDK would hold up all else for a file that no one takes
+        self.shown.add(index)
+        series = f"stage {index}, {stage.image_size} px"
+        self.logger.report_image("training images", series, stage.epochs.start, local_path=picture)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Report a line of metrics.jsonl; the epoch, counted from 0, is the iteration."""
-        for name, (title, series) in SCALARS.items():
-            value = record.get(name)
-            if value is not None and math.isfinite(value):  # the SDK would send 0 for what is not finite
-                self.logger.report_scalar(title, series, value, record["epoch"])
-        for name in record.get("non_finite", ()):
-            self.logger.report_scalar("non_finite", name, 1, record["epoch"])
+        """Report a line of metrics.jsonl, as far as the task has it not; its epoch is the iteration."""
+        for point in points(record):
+            if not self.known.has(*point):
+                self.logger.report_scalar(*point)
+
+    def missing(self) -> int:
+        """Count the points of the run that the task has not; none where they are too many to ask for."""
+        self.known, records = points_of(self.task), self.folder.metrics()
+        if len(records) >= SAMPLES:
+            return 0
+        return sum(not self.known.has(*point) for record in records for point in points(record))
 
     def confusion(self, series: str, epoch: int, matrix: np.ndarray) -> None:
         """Report accuracy per class and the confusion matrix, of many classes those least often right.
@@ -107,10 +138,21 @@ class TaskReport:
                     self.logger.report_single_value(name, figures[name])
 
     def artifacts(self) -> None:
-        """Upload summary, metrics and report, as far as they are there; waits for it."""
-        for name in ARTIFACTS:
-            if self.folder.has(name):
-                self.task.upload_artifact(name, artifact_object=self.folder.at(name), wait_on_upload=True)
+        """Upload summary, metrics and report, as far as they are there; waits for it.
+
+        Raises:
+            RuntimeError: the server has not taken them all; of that the SDK says nothing.
+        """
+        names = [name for name in ARTIFACTS if self.folder.has(name)]
+        for name in names:
+            self.task.upload_artifact(name, artifact_object=self.folder.at(name), wait_on_upload=True)
+        if self.task.is_offline():
+            return
+        self.task.reload()
+        held = {artifact.key: artifact.hash for artifact in self.task.data.execution.artifacts or ()}
+        lost = [name for name in names if held.get(name) != digest(self.folder.at(name))]
+        if lost:
+            raise RuntimeError(f"the server has not taken {', '.join(lost)}")
 
     def models(self) -> None:
         """Upload the best and the last weights, and register them; waits for it, and needs a server."""
@@ -119,14 +161,16 @@ class TaskReport:
         if best is not None:
             self.model("best", BEST, best[0], "weights under torchvision's names")
         if records:
-            self.model("last", CHECKPOINT, records[-1]["epoch"], "everything that --resume continues from")
+            # A kill between two renames leaves the one before alone.
+            last = CHECKPOINT if self.folder.has(CHECKPOINT) else previous_checkpoint(CHECKPOINT)
+            self.model("last", last, records[-1]["epoch"], "everything that --resume continues from")
 
     def model(self, name: str, file: str, epoch: int, comment: str) -> None:
-        """Upload one file of weights and register it, under the same model as before if there is one."""
+        """Upload one file of weights and register it, under the same model as before if there is one to be changed."""
         if not self.folder.has(file):
             return
         title = f"{self.task.name} {name}"
-        known = {model.name: model.id for model in self.task.models["output"]}
+        known = {model.name: model.id for model in self.task.models["output"] if not model.published}
         labels = {label: number for number, label in enumerate(self.classes)}
         model = load_sdk().OutputModel(
             task=self.task, name=title, framework="PyTorch", label_enumeration=labels, base_model_id=known.get(title),
@@ -135,3 +179,22 @@ class TaskReport:
         model.update_weights(
             weights_filename=self.folder.at(file), iteration=epoch, auto_delete_file=False, async_enable=False
         )
+
+
+def points(record: Mapping[str, Any]) -> Iterator[tuple[str, str, float, int]]:
+    """Yield title, series, value and iteration of all points in a line of metrics.jsonl.
+
+    What is not finite is left out, since the SDK would send 0 for it.
+    """
+    for name, (title, series) in SCALARS.items():
+        value = record.get(name)
+        if value is not None and math.isfinite(value):
+            yield title, series, value, record["epoch"]
+    for name in record.get("non_finite", ()):
+        yield "non_finite", name, 1, record["epoch"]
+
+
+def digest(path: str) -> str:
+    """Compute the SHA-256 of a file, by which a server knows an artifact."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()

@@ -24,13 +24,13 @@ from reporting.folder import CLEARML, RunFolder
 from reporting.log import Dashboard
 from settings.errors import ConfigError
 from settings.table import Config
-from tracking.deadline import abandon, never_fatal, watched
+from stages import Stage
+from tracking.deadline import abandon, brief, never_fatal, watched
 from tracking.report import TaskReport
 from tracking.server import ROOT, fail, find_task, load_sdk, on_agent, why_no_files, why_no_server
 from tracking.session import Session, import_session
-from tracking.settings import send_settings
+from tracking.settings import project_name, send_settings, task_name
 
-SHORTEST_NAME = 3  # characters, that a server takes
 START_SECONDS = 60.0  # for a task to be made
 ABORT_SECONDS = 600.0  # for the step in progress and a checkpoint, after someone pressed Abort
 CLOSE_SECONDS = 900.0  # for the uploads of a run, as long as the server answers
@@ -40,13 +40,11 @@ def find_dashboard(config: Config) -> Dashboard:
     """Choose what the run reports to, by `clearml`: auto, online, offline or off.
 
     Raises:
-        ConfigError: a name is too short, the package is missing, or `online` finds no server that answers.
+        ConfigError: a name that no server takes, the package is missing, or `online` finds no server that answers.
     """
     if config.clearml == "off" or config.test_only or os.environ.get("RANK", "0") != "0":
         return Dashboard()
-    for name, value in (("clearml_project", config.clearml_project), ("clearml_task", config.clearml_task)):
-        if value is not None and len(value.strip()) < SHORTEST_NAME:
-            raise ConfigError(f"{name} {value!r} is too short for ClearML; give {SHORTEST_NAME} or more characters")
+    project_name(config), task_name(config)  # that they can be
     if importlib.util.find_spec("clearml") is None:
         if config.clearml == "auto":
             return Dashboard()
@@ -75,22 +73,34 @@ class ClearML(Dashboard):
         self.finished = self.aborted = False
         self.closed = threading.Event()
         self.best_due = 0.0
+        self.showing: threading.Thread | None = None
 
     def start(self, config: Config) -> None:
-        """Make or continue the task; where that fails, print why, and the run goes on unreported."""
-        made: list[TaskReport] = []
+        """Make or continue the task; where that fails, print why, and the run goes on unreported.
+
+        Raises:
+            ConfigError: it fails where `clearml` is online, or on an agent, whose task would not say what becomes of it.
+        """
+        result: list[TaskReport | str] = []  # or why there is none
 
         def begin() -> None:
-            with never_fatal("this run is not reported"):
-                made.append(self.begin(config))
+            try:
+                result.append(self.begin(config))
+            except Exception as error:  # of the SDK, the network, the server: anything
+                result.append(brief(error))
 
         if not self.in_time(begin, START_SECONDS):
-            abandon("ClearML: the server stopped answering; this run is not reported")
-        elif made:
-            self.report = made[0]
-            if self.offline_because is not None:
-                lies = f"the session lies in {self.folder.at(CLEARML)}, `{self.upload_command}` sends it to a server"
-                print(f"ClearML: offline, {self.offline_because}; {lies}", flush=True)
+            abandon()
+            result = ["the server stopped answering"]
+        if isinstance(result[0], str):
+            if config.clearml == "online" or on_agent():
+                raise ConfigError(f"clearml online: {result[0]}; --clearml auto trains all the same")
+            print(f"ClearML: this run is not reported: {result[0]}", flush=True)
+            return
+        self.report = result[0]
+        if self.offline_because is not None:
+            lies = f"the session lies in {self.folder.at(CLEARML)}, `{self.upload_command}` sends it to a server"
+            print(f"ClearML: offline, {self.offline_because}; {lies}", flush=True)
 
     @property
     def upload_command(self) -> str:
@@ -112,23 +122,20 @@ class ClearML(Dashboard):
             Task = load_sdk().Task
             no_files = why_no_files()
             if no_files is not None:
-                line = f"pictures, artifacts and weights are not sent, {no_files}"
-                print(f"ClearML: {line}; `{self.upload_command}` sends them later", flush=True)
+                self.say_no_files(no_files)
+            session.leave_published()
             continued = import_session(session) if session.offline else session.online
         else:
             os.environ["CLEARML_CACHE_DIR"] = session.root
             Task = load_sdk().Task
             Task.set_offline(True)
             continued = session.offline
-        name = config.clearml_task or os.path.basename(os.path.abspath(self.folder.path))
-        if len(name) < SHORTEST_NAME:
-            name = f"{config.model} {name}"
         Task.set_random_seed(None)  # or the SDK seeds Python, numpy and torch
         for package, version in requirements():
             Task.add_requirements(package, version)  # the SDK looks no further than train.py's own imports
         task = Task.init(
-            project_name=config.clearml_project,
-            task_name=name,
+            project_name=project_name(config),
+            task_name=task_name(config),
             tags=list(config.clearml_tags or ()),
             reuse_last_task_id=continued or False,
             # A number, or iterations would be shifted behind those there are
@@ -143,12 +150,29 @@ class ClearML(Dashboard):
             print(f"ClearML: task {continued} cannot be continued; a new one, {task.id}, has the whole run", flush=True)
         session.note(task.id)
         send_settings(task, config)
+        if self.offline_because is not None:
+            session.keep_description()
         report = TaskReport(task, self.folder, no_files)
         report.so_far()
         task.connect_label_enumeration({name: i for i, name in enumerate(report.classes)})
         if self.offline_because is None:
             task.register_abort_callback(self.abort, callback_execution_timeout=ABORT_SECONDS)
         return report
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Report the picture of a stage that begins, in a thread: it asks whether the server takes files now."""
+        report = self.report
+        if report is None:
+            return
+
+        def show() -> None:
+            with never_fatal("a picture is not sent"):
+                if self.offline_because is None:
+                    report.no_files = why_no_files()
+                report.picture(stage.index)
+
+        self.showing = threading.Thread(target=show, daemon=True)
+        self.showing.start()
 
     def epoch(self, record: dict[str, Any]) -> None:
         if self.report is not None:
@@ -181,9 +205,8 @@ class ClearML(Dashboard):
         left = f"all of the run is in {self.folder.path}, `{self.upload_command}` sends the rest"
         try:
             if report is None:
-                if error is not None and on_agent():
-                    with never_fatal("the task does not say why it failed"):
-                        fail(find_task(os.environ["CLEARML_TASK_ID"]), message)
+                if error is not None and on_agent() and not self.in_time(lambda: fail_agent(message), START_SECONDS):
+                    abandon()
             elif not self.in_time(lambda: self.close(report, error, message), CLOSE_SECONDS):
                 abandon(f"ClearML: the server stopped answering; {left}")
         except KeyboardInterrupt:  # who does not want to wait; what the run came to stands
@@ -194,13 +217,17 @@ class ClearML(Dashboard):
     def close(self, report: TaskReport, error: BaseException | None, message: str) -> None:
         """Send what is left and end the task: completed, stopped or failed."""
         online = self.offline_because is None
+        if self.showing is not None:
+            self.showing.join()
         parts = [report.outcome]
-        if online and report.no_files is None:
-            report.no_files = why_no_files()
-        if report.no_files is None and not (self.aborted and not on_agent()):  # a task that is stopped takes no files
-            parts.append(report.artifacts)
-            if online:  # offline the SDK cannot register a model; `upload` does
-                parts.append(report.models)
+        if not (self.aborted and not on_agent()):  # a task that is stopped takes no files
+            report.no_files = why_no_files() if online else None
+            if report.no_files is None:
+                parts += [report.pictures, report.artifacts]
+                if online:  # offline the SDK cannot register a model; `upload` does
+                    parts.append(report.models)
+            else:
+                self.say_no_files(report.no_files)
         for part in parts:
             with never_fatal(f"{part.__name__} not sent, `{self.upload_command}` does it later"):
                 part()
@@ -223,8 +250,20 @@ class ClearML(Dashboard):
         """
         if self.offline_because is not None:
             return watched(work, limit, lambda: None)
-        takes_files = self.report is None or self.report.no_files is None
-        return watched(work, limit, lambda: why_no_server() or (takes_files and why_no_files()))
+        report = self.report
+        return watched(
+            work, limit, lambda: why_no_server() or ((report is None or report.no_files is None) and why_no_files())
+        )
+
+    def say_no_files(self, why: str) -> None:
+        line = f"pictures, artifacts and weights are not sent, {why}"
+        print(f"ClearML: {line}; `{self.upload_command}` sends them later", flush=True)
+
+
+def fail_agent(message: str) -> None:
+    """Mark the task that an agent runs here as failed."""
+    with never_fatal("the task does not say why it failed"):
+        fail(find_task(os.environ["CLEARML_TASK_ID"]), message)
 
 
 def requirements() -> Iterator[tuple[str, str]]:

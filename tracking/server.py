@@ -33,6 +33,11 @@ def find_task(task_id: str) -> Any:
         return None
 
 
+def is_published(task: Any) -> bool:
+    """Check whether a task was published: it takes nothing more, and starting it by force would un-publish it."""
+    return task.get_status() in ("publishing", "published")
+
+
 def fail(task: Any, message: str) -> None:
     """Mark a task as failed, for the reason that the terminal shows too."""
     task.mark_failed(force=True, status_reason="wrong settings", status_message=message)

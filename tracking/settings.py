@@ -15,6 +15,45 @@ from tracking.server import fail, find_task, on_agent, why_no_server
 
 SECTION = "Hyperparameters"  # of the task's settings
 NOT_SETTINGS = ("config", "plan", *CLEARML)  # how this very process was started
+SHORTEST_NAME, DEEPEST_PROJECT = 3, 10  # characters and levels, that a server takes
+
+
+def project_name(config: Config) -> str:
+    """Name the project as a server does: no blanks around the parts between slashes, no empty parts.
+
+    The SDK looks for a project as it is typed, so that one typed otherwise would be made again, and refused.
+
+    Raises:
+        ConfigError: no server takes such a name.
+    """
+    typed = config.clearml_project
+    parts = [part.strip() for part in typed.split("/") if part.strip()]
+    if not parts or any(len(part) < SHORTEST_NAME for part in parts):
+        raise ConfigError(
+            f"clearml_project {typed!r} has a part that is too short for ClearML; give {SHORTEST_NAME} or more "
+            "characters between slashes"
+        )
+    if len(parts) > DEEPEST_PROJECT:
+        raise ConfigError(
+            f"clearml_project {typed!r} has {len(parts)} parts between slashes; ClearML takes up to {DEEPEST_PROJECT}"
+        )
+    return "/".join(parts)
+
+
+def task_name(config: Config) -> str:
+    """Name the task: `clearml_task`, else the run's folder, with the model in front where that is too short.
+
+    Raises:
+        ConfigError: no server takes such a name.
+    """
+    if config.clearml_task is not None:
+        if len(config.clearml_task.strip()) < SHORTEST_NAME:
+            raise ConfigError(
+                f"clearml_task {config.clearml_task!r} is too short for ClearML; give {SHORTEST_NAME} or more characters"
+            )
+        return config.clearml_task.strip()
+    name = os.path.basename(os.path.abspath(config.output_dir)).strip()
+    return name if len(name) >= SHORTEST_NAME else f"{config.model} {name}".strip()
 
 
 def find_settings(argv: Sequence[str], check: Callable[[Config], None]) -> Config:
