@@ -144,8 +144,9 @@ def vl_version() -> str:
 def write_library(folder: str) -> None:
     """Write the library that the interactive pages share, if it is not there: Vega, Vega-Lite and their embedding."""
     path = os.path.join(folder, LIBRARY)
-    head = f"// Vega, Vega-Lite {alt.SCHEMA_VERSION} and Vega-Embed (vega.github.io, BSD 3-Clause), bundled by vl-convert\n"
-    if not os.path.exists(path) or read_text(path).partition("\n")[0] + "\n" != head:
+    notice = read_text(os.path.join(ROOT, FOLDER, "vega_notice.txt"))
+    head = f"/* Vega-Lite {alt.SCHEMA_VERSION}\n\n{notice}*/\n"
+    if not os.path.exists(path) or not read_text(path).startswith(head):
         bundle = vl_convert.javascript_bundle(vl_version=vl_version())  # type: ignore[call-arg] # its stub wants a snippet
         # In a function of its own: its names are short, and a page has others.
         write_text(path, f"{head}(() => {{\n{bundle}\n}})();\n")
