@@ -4,12 +4,16 @@
 # make graphs      the figures of Graphs/ and what README and docs show, drawn and written anew from results/
 # make docs        the site, into docs/_build/html
 # make rehearse    the script for half an hour on a GPU, tiny and on the CPU: three minutes
+# make torture     kills, flipped bits, signals and faults, counted: some minutes, or as many as MINUTES says
+# make fuzz        100,000 settings and 6,000 damaged files, a quarter of an hour; counts into results/
 # make lint        formatting, lint, types, the order of the floors
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-double test-all graphs docs rehearse lint clean
+MINUTES ?= 5
+
+.PHONY: demo test test-double test-all graphs docs rehearse torture fuzz lint clean
 
 demo: .venv/run
 	$(BIN)/python train.py --config configs/quickstart.yaml --overwrite
@@ -34,6 +38,12 @@ docs: .venv/docs
 rehearse: .venv/dev
 	rm -rf runs/rehearsal
 	$(BIN)/python benchmarks/gpu.py --rehearse --minutes 10 --out runs/rehearsal
+
+torture: .venv/dev
+	$(BIN)/python tests/torture.py --minutes $(MINUTES)
+
+fuzz: .venv/dev
+	$(BIN)/python tests/fuzz.py --settings 100000 --files 2000
 
 lint: .venv/dev
 	$(BIN)/ruff check .

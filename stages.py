@@ -116,7 +116,8 @@ def plan_stages(config: Config) -> list[Stage]:
     """Compute the stages of a run.
 
     Sizes round down to whole pixels, or to a multiple of `image_size_multiple`; batch sizes to
-    whole images; strengths, probabilities and alphas stay as they come.
+    whole images; strengths, probabilities and alphas stay as they come, but for alphas so near 0
+    that torch cannot draw with them.
 
     Source: arXiv:2104.00298, Algorithm 1.
     """
@@ -140,8 +141,10 @@ def values_of(config: Config, name: str) -> list[Any]:
     given = getattr(config, name)
     if given is None or config.idle(name):
         return [None] * config.stages
-    values = spread(given, config.stages)
-    return [int(value) for value in values] if SCHEDULES[name].whole else values
+    values, schedule = spread(given, config.stages), SCHEDULES[name]
+    if schedule.whole:
+        return [int(value) for value in values]
+    return [value if value >= schedule.least else 0.0 for value in values]
 
 
 @dataclass(frozen=True)
@@ -221,8 +224,7 @@ def make_plan(config: Config) -> Plan:
     """
     stages = plan_stages(config)
     model = build_on_meta(config.model)
-    for stage in stages:
-        set_drop_rates(model, stage)
+    set_drop_rates(model, stages[0])  # all stages set the same ones
     return Plan(stages, gflops_per_image(model, [stage.image_size for stage in stages]))
 
 

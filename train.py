@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from images.datasets import Data, load_data
+from images.datasets import Data, check_folders, load_data
 from images.evaluation import EvalOnDevice
 from images.loaders import TrainLoader, augment_on, batches_of_all, eval_loader, sample_grid, train_loader
 from images.store_place import with_store
@@ -52,6 +52,7 @@ from reporting.folder import RunFolder, check_folder
 from reporting.log import Dashboard, FolderLog, RunLog
 from reporting.progress import Progress
 from settings.errors import ConfigError, first_line, tell
+from settings.resolve import doubts
 from settings.table import Config
 from stages import Plan, StageScheduler, make_plan
 from tracking.deadline import exit_now
@@ -69,6 +70,8 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
     runtime = start_runtime(config)
     # What auto comes to here is written down, so that a resume keeps to it, on another machine too.
     config = replace(config, augment_on=augment_on(config, runtime), amp_dtype=runtime.precision or config.amp_dtype)
+    for doubt in doubts(config):
+        runtime.say(f"warning: {doubt}")
     stop = at_end.enter_context(Stop(runtime, config.time_budget, patient=False))
     dashboard.ask_to_stop = stop.ask
     plan = make_plan(config)
@@ -79,6 +82,7 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
     if checkpoint is not None and config.resume == "auto" and not config.test_only:
         folder.mend_best(checkpoint, config, runtime)
         stop.resumable = True
+    check_folders(config)  # before weights are fetched
     weights = read_weights(config.model, config.weights) if config.weights else None
 
     # Data, model, and what changes with every step
@@ -104,7 +108,7 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
     samples = {stage.index: sample_grid(make_loader(stage), stage.epochs.start) for stage in ahead}
     log = RunLog()
     if runtime.is_main:
-        log = FolderLog(folder, config, plan, data.classes, samples, state.epoch, dashboard, checkpoint)
+        log = FolderLog(folder, config, plan, data, samples, state.epoch, dashboard, checkpoint)
     at_end.enter_context(log)
     runtime.say(str(plan))
     learning_rate = learning_rate_schedule(config)

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from settings.errors import ConfigError
 from settings.table import Config
+
+T = TypeVar("T")
 
 # ---- random numbers by key ----
 
@@ -192,6 +194,49 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Have rank 0 make a value, and hand it to every process; all must call this at the same point.
+
+        Raises:
+            Exception: what rank 0 has met, in every process.
+        """
+        if self.world_size == 1:
+            return make()
+        made = self.attempt(make) if self.is_main else None
+        self.barrier()
+        return self.unless_failed([self.from_main(made)])[0]
+
+    def on_each_machine(self, make: Callable[[], T]) -> T:
+        """Have one process of each machine make a value, and hand it to the others there; all must call this together.
+
+        Raises:
+            Exception: the first that one of them has met, in every process.
+        """
+        if self.world_size == 1:
+            return make()
+        own = self.attempt(make) if self.local_rank == 0 else None
+        self.barrier()
+        made: list[Any] = [None] * self.world_size
+        dist.all_gather_object(made, own, group=self.control)
+        first = self.rank - self.local_rank  # launchers number the processes of a machine in a row
+        return self.unless_failed(made)[first]
+
+    @staticmethod
+    def attempt(make: Callable[[], Any]) -> Any:
+        """Return what `make` makes, or the error that it raises."""
+        try:
+            return make()
+        except Exception as error:  # the other processes wait for an answer
+            return error
+
+    @staticmethod
+    def unless_failed(made: list[Any]) -> list[Any]:
+        """Raise the first error among the answers of processes; without one return the answers."""
+        for answer in made:
+            if isinstance(answer, Exception):
+                raise answer
+        return made
 
     def barrier(self) -> None:
         """Wait until every process is here, for hours if need be: one of them may decode or fetch all images."""

@@ -160,6 +160,9 @@ def blend(images: Tensor, recipes: Tensor, grey: Tensor) -> Tensor:
     return images.lerp_(grey, share_of_grey)
 
 
+CHUNK = 2**23  # pixels augmented at a time: 128 images of 256 x 256, in about 0.5 GiB of device memory
+
+
 def augment_at_once(images: Tensor, groups: Tensor, level: float) -> Tensor:
     """Apply RandAugment to a batch, with as many operations as `groups` has columns.
 
@@ -169,8 +172,14 @@ def augment_at_once(images: Tensor, groups: Tensor, level: float) -> Tensor:
     Returns: (N, 3, S, S), float32: whole numbers from 0 to 255.
     """
     size = images.shape[-1]
-    book = cookbook(level, size, images.device)
-    positions, greys, one = constants(size, images.device)
+    book, fixed = cookbook(level, size, images.device), constants(size, images.device)
+    chunks = min(len(images), math.ceil(len(images) * size**2 / CHUNK))
+    parts = [augment_part(part, group, book, *fixed) for part, group in zip(images.chunk(chunks), groups.chunk(chunks))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def augment_part(images: Tensor, groups: Tensor, book: Tensor, positions: Tensor, greys: Tensor, one: Tensor) -> Tensor:
+    """Augment images as `augment_at_once` does; book: of `cookbook`, the rest of `constants`."""
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
     for group in groups.unbind(1):
         recipes = book.index_select(0, group)

@@ -14,9 +14,9 @@ profile       20 steps of training: the kernels that take longest, the share of 
 reference     training on images loaded the reference's way
 batch         the step at growing batch sizes, up to the first that does not fit
 progressive   stages against the last size throughout (progressive.py)
-race          studies of configs/leaderboard/studies: candidates for the short rows of Imagenette's leaderboard,
-leaderboard   its rows by its rules,
-staged        and stages against a fixed size, with the same epochs and with the same time
+race          trainings: candidates for the row of five epochs in Imagenette's leaderboard,
+leaderboard   its short rows by its rules,
+staged        and stages against a fixed size, with as many epochs and with as much arithmetic
 
 A measurement begins only while the box of its part lasts, and is cut when twice the box or --minutes are over; a study
 is stopped at the end of its box, and gets half a minute more to save its runs. Rows are in rows.jsonl as soon as they
@@ -35,21 +35,26 @@ from dataclasses import asdict, replace
 
 import common
 import trees
-from gpu_page import write_page
+from gpu_page import PAGE, write_page
 from gpu_parts import Item, plan_items
 from gpu_rows import CUT, DONE, FAILED, Rows, card_of
 from gpu_setup import TINY, Setup, make_images
 from gpu_work import Ended, Worker, run_study
 
-from settings.errors import ConfigError, tell
+from settings.errors import ConfigError, first_line, tell
 
 # Part: its box in minutes. Without --parts all but the race, whose winners the leaderboard's study names.
 BOXES = {
     "smoke": 1.0, "tests": 2.0, "ceilings": 0.5, "whole": 4.0, "step": 4.0, "profile": 1.5, "reference": 1.5,
     "batch": 2.0, "progressive": 2.0, "race": 4.0, "leaderboard": 8.0, "staged": 8.0,
 }  # fmt: skip
+WITHOUT_IMAGES = ("smoke", "tests", "ceilings", "step", "batch")
 STUDY_BOX = 8.0  # of a study that is named by its file
-STUDIES = {part: f"configs/leaderboard/studies/{part}.yaml" for part in ("race", "leaderboard", "staged")}
+STUDIES = {
+    "race": "configs/leaderboard/studies/race.yaml",
+    "leaderboard": "configs/leaderboard/studies/leaderboard.yaml",
+    "staged": "configs/studies/staged_192px.yaml",
+}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -75,11 +80,11 @@ def main(args: argparse.Namespace) -> int:
                 limit = end if item.function is None else min(deadline, 2 * end - start)
                 status = carry_out(item, worker, rows, origin, limit, args)
                 print(f"{part}: {item.name}: {status}", flush=True)
-            write_page(args.out)
+            show_page(args.out)
     finally:
         worker.close()
-        write_page(args.out)
-    print(f"{os.path.join(args.out, 'report.html')} shows it")
+        show_page(args.out)
+    print(f"{os.path.join(args.out, PAGE)} shows it")
     ended = rows.ended(card)
     states = [ended.get((part, item.name), CUT) for part in items for item in items[part]]
     return 1 if FAILED in states else 3 if CUT in states else 0
@@ -105,16 +110,29 @@ def carry_out(
     return f"{status}, {ended['seconds']:.0f} s" + (f": {reason}" if reason else "")
 
 
+def show_page(folder: str) -> None:
+    """Write the page; one that cannot be drawn costs no measurement, as its rows are kept."""
+    try:
+        write_page(folder)
+    except Exception as error:
+        print(f"{PAGE}: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+
+
 def prepare(args: argparse.Namespace) -> Setup:
-    """Decide how large everything is, find the images, and check that the folder's rows are of the same.
+    """Decide how large everything is, check that the folder's rows are of the same, and link to the images.
 
     Raises:
         ConfigError: no images; the folder holds rows of other settings.
     """
-    base = replace(TINY if args.rehearse else Setup(workers=common.cores()), out=args.out)
+    base = replace(
+        TINY if args.rehearse else Setup(workers=common.cores()), out=args.out, scratch=args.scratch or args.out
+    )
     given = {"device": args.device, "model": args.model, "batch_size": args.batch_size, "workers": args.workers}
+    given |= {"limit": args.limit, "data": args.data and os.path.basename(os.path.normpath(args.data))}
     given["sizes"] = tuple(args.image_sizes) if args.image_sizes else None
     setup = replace(base, **{name: value for name, value in given.items() if value is not None})
+    if args.plan:
+        return setup
     note = os.path.join(args.out, "setup.json")
     text = json.dumps(described(setup))
     if os.path.exists(note):
@@ -123,17 +141,19 @@ def prepare(args: argparse.Namespace) -> Setup:
         if before != text:
             names = [name for name, value in json.loads(before).items() if json.loads(text).get(name) != value]
             raise ConfigError(f"--out {args.out} holds rows of another {', '.join(names)}; give another folder")
-    if args.plan:
-        return setup
     if args.data is None and args.rehearse:
-        args.data = os.path.join(args.out, "made")
+        args.data = os.path.join(setup.scratch, "made")
         if not os.path.isdir(args.data):
             make_images(args.data)
-    if args.data is None:
-        raise ConfigError("--data DIR is missing: a folder of images, with train/ and val/ in it, as Imagenette's")
-    os.makedirs(args.out, exist_ok=True)
-    if not os.path.isdir(setup.tree):
+    needing = [part for part in args.parts or BOXES if part not in WITHOUT_IMAGES]
+    if args.data is None and needing:
+        raise ConfigError(
+            f"--data DIR is missing, a folder of images with train/ and val/, as Imagenette's; {', '.join(needing)} "
+            f"need it, {', '.join(WITHOUT_IMAGES)} do not"
+        )
+    if args.data is not None and not os.path.isdir(setup.tree):
         trees.link_images(trees.find_images(args.data, args.limit), setup.tree)
+    os.makedirs(args.out, exist_ok=True)
     with open(note, "w", encoding="utf-8") as file:
         file.write(text)
     return setup
@@ -141,7 +161,7 @@ def prepare(args: argparse.Namespace) -> Setup:
 
 def described(setup: Setup) -> common.Measures:
     """List what the rows depend on, as it stands in each of them."""
-    return {name: value for name, value in asdict(setup).items() if name not in ("out", "device")}
+    return {name: value for name, value in asdict(setup).items() if name not in ("out", "scratch", "device")}
 
 
 def items_of(args: argparse.Namespace, setup: Setup) -> dict[str, list[Item]]:
@@ -192,8 +212,9 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="of all parts together (default: 30)")
-    parser.add_argument("--data", metavar="DIR", help="a folder of images, with train/ and val/; the parts before the trainings take any folder of images")  # fmt: skip
+    parser.add_argument("--data", metavar="DIR", help="a folder of images with train/ and val/; whole, profile, reference and progressive take any folder of images, the parts without images none")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", required=True, help="where rows, page, log and runs lie; the same folder goes on where it ended")  # fmt: skip
+    parser.add_argument("--scratch", metavar="DIR", help="where links to the images, the decoded images and the runs lie; 0.3 MB an image (default: as --out)")  # fmt: skip
     parser.add_argument("--parts", nargs="+", type=named, metavar="PART", help="which, in this order, or files of studies (default: all but race)")  # fmt: skip
     parser.add_argument("--box", nargs="+", type=boxed, default=[], metavar="PART=MINUTES", help="other boxes than those of --plan")  # fmt: skip
     parser.add_argument("--parallel", type=common.positive, default=1, metavar="N", help="trainings at once, of the studies alone: their times mean nothing then (default: 1)")  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import common
 import jinja2
 import matplotlib.pyplot as plt
-from gpu_rows import Row, Rows, by_card, measures, unfinished
+from gpu_rows import ROWS, Row, Rows, by_card, measures, unfinished
 
 from reporting.figures import LINES, as_svg
 
@@ -46,7 +46,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
         "tflops": "TFLOP/s", "share_of_product": "of the product's", "gb_per_second": "GB/s at least", "share_of_memory": "of the memory's",
     }),
     "Batch size": ("batch", {
-        "image_size": "px", "batch_size": "batch", "images_per_second": "images/s", "gpu_memory_gib": "GPU GiB",
+        "image_size": "px", "batch_size": "batch", "images_per_second": "images/s", "share_of_best": "of the best", "gpu_memory_gib": "GPU GiB",
     }),
     "The reference's way of loading": ("reference", {
         "image_size": "px", "images_per_second": "images/s", "data_wait_fraction": "waiting",
@@ -117,15 +117,24 @@ def profiles(rows: Sequence[Row]) -> dict[str, tuple[Table, Table]]:
 
 
 def studies(folder: Path) -> dict[str, Table]:
-    """Build a table of the means of each study that has rows, by the study's name."""
+    """Build a table of the means of each study that has rows, by the study's name.
+
+    Seconds of training are left out where some runs shared the machine.
+    """
     found: dict[str, Table] = {}
     for path in sorted(folder.glob("*_means.csv")):
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["column"] in ("top1", "top1_ema", "train_seconds")]
+        shared = any(int(row["at_once"] or 1) > 1 for row in read_csv(path.with_name(path.name.replace("_means", ""))))
+        columns = ("top1", "top1_ema", *([] if shared else ["train_seconds"]))
+        rows = [row for row in read_csv(path) if row["column"] in columns]
         cells = [[row["condition"], row["column"], row["n"], *(decimal(row[key]) for key in ("mean", "sd", "low", "high"))] for row in rows]  # fmt: skip
         heads = ["condition", "measure", "runs", "mean", "standard deviation", "95 % from", "to"]
         found[path.stem.removesuffix("_means")] = (heads, cells)
     return found
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def decimal(text: str) -> str:
@@ -192,7 +201,7 @@ def draw_shares(rows: Sequence[Row]) -> str:
     axis.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
     axis.set_ylabel("% of the ceiling")
     axis.margins(y=0.12)
-    axis.legend(frameon=False, fontsize=7)
+    axis.legend(frameon=False, fontsize=7, ncols=len(shares), loc="lower center", bbox_to_anchor=(0.5, 1))
     return as_svg(figure)
 
 
@@ -205,15 +214,19 @@ def draw_batches(rows: Sequence[Row]) -> str:
         axis.plot(*zip(*points), color=LINES[i], marker="o", ms=3, label=f"{size} px")
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted({row["batch_size"] for row in tried}), sorted({row["batch_size"] for row in tried}))
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("batch size")
     axis.set_ylabel("images per second")
     axis.legend(frameon=False, fontsize=8)
     return as_svg(figure)
 
 
-def main(folders: Sequence[Any]) -> int:
-    for folder in folders:
-        write_page(folder)
+def main(argv: Sequence[str]) -> int:
+    """Write the page of the folder named; return the exit status."""
+    if len(argv) != 1 or not os.path.isfile(os.path.join(argv[0], ROWS)):
+        print(f"error: give one folder of gpu.py, with {ROWS} in it; got {' '.join(argv) or 'none'}", file=sys.stderr)
+        return 2
+    write_page(argv[0])
     return 0
 
 

@@ -1,9 +1,10 @@
 """What gpu.py measures: its parts, each a list of measurements, and the functions that carry them out.
 
-They run in one process that outlives them, so that torch starts and cudnn searches its kernels once. Each yields its
-rows as soon as they are there.
+They run in one process that outlives them, so that torch starts and loads its kernels once. Each yields its rows as soon
+as they are there.
 """
 
+import gc
 import gzip
 import os
 import shutil
@@ -61,7 +62,7 @@ class Item:
 def smoke(setup: Setup, size: int) -> Iterator[common.Measures]:
     """Take a step on noise at a size, enter the stage, and take two more.
 
-    In the first one cudnn searches for its kernels; a stage captures the CUDA graph of its step.
+    The first one loads kernels; entering a stage captures the CUDA graph of its step.
     """
     config = resolve(setup.flags([size]))
     runtime = start_runtime(config)
@@ -88,8 +89,8 @@ def smoke(setup: Setup, size: int) -> Iterator[common.Measures]:
 
 def tests(setup: Setup) -> Iterator[common.Measures]:
     """Run the tests that need a GPU; without one they are skipped."""
-    report = os.path.join(setup.out, "tests.xml")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "-p", "no:xdist"]  # fmt: skip
+    report = os.path.join(setup.scratch, "tests.xml")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors"]  # fmt: skip
     done = subprocess.run([*command, f"--junitxml={os.path.abspath(report)}"], cwd=common.ROOT)
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
@@ -188,7 +189,7 @@ def whole(setup: Setup, sizes: Sequence[int], eager: bool) -> Iterator[common.Me
     device, uuid = find_device(setup.device, 0), None
     if setup.on_gpu:
         uuid = "GPU-" + str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-    for size, row, ceiling in zip(sizes, end_to_end.train(flags, setup.out, uuid), best):
+    for size, row, ceiling in zip(sizes, end_to_end.train(flags, setup.scratch, uuid), best):
         resident = ceiling["images_per_second"]
         share = row["images_per_second"] / resident
         way = "whole-eager" if eager else "whole"
@@ -220,7 +221,7 @@ def staged(setup: Setup, way: str) -> Iterator[common.Measures]:
     """Train in stages, or at the last size throughout, as progressive.py does; the seconds of training."""
     sizes = setup.sizes if way == "staged" else setup.sizes[-1:]
     flags = [*setup.flags(sizes), *setup.data_flags(), "--epochs", str(setup.staged_epochs)]
-    yield {"way": way, "image_size": setup.sizes[-1], **progressive.measure(flags, setup.out)}
+    yield {"way": way, "image_size": setup.sizes[-1], **progressive.measure(flags, setup.scratch)}
 
 
 # ---- profile ----
@@ -313,7 +314,8 @@ def save_trace(profiler: profile, path: str) -> None:
 
 
 def free_memory() -> None:
-    """Give cached memory of the GPU back, so that what starts next finds it."""
+    """Give memory of the GPU back, so that what starts next finds it."""
+    gc.collect()  # a learner and its graphs know each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -66,6 +66,7 @@ def measures(rows: Sequence[Row]) -> list[Row]:
 
     share_of_product, share_of_memory: of a step, against the device's own ceilings
     times_reference: of whole training, over the reference's way of loading
+    share_of_best: of a batch size, against the best one at its image size
     times_bare, share_of_ceiling: there already, measured in the same item
     time_ratio, times_relative_cost: of staged training, over training at the last size
 
@@ -84,6 +85,13 @@ def measures(rows: Sequence[Row]) -> list[Row]:
         if row["part"] == "whole":
             other = one(found, part="reference", image_size=row["image_size"])
             row["times_reference"] = over(row, other, "images_per_second")
+        if row["part"] == "batch":
+            speeds = [
+                other["images_per_second"]
+                for other in found
+                if other["part"] == "batch" and other["image_size"] == row["image_size"]
+            ]
+            row["share_of_best"] = row["images_per_second"] / max(speeds)
         if row["part"] == "progressive" and row["way"] == "staged":
             row["time_ratio"] = over(row, one(found, part="progressive", way="fixed"), "train_seconds")
             row["times_relative_cost"] = row["time_ratio"] and row["time_ratio"] / row["relative_cost"]

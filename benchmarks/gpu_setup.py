@@ -16,16 +16,19 @@ from utils import find_device
 class Setup:
     """How large everything is, and where it lies.
 
+    data: the folder's name, of at most `limit` images
     sizes: of the four stages, pixels; other_sizes: measured besides
     steps, repeats: of each way in a round, and rounds
     epochs: of each stage in whole training; staged_epochs: of a staged run and of its control
     batch_sizes: tried in search of the best
     matrix: side of the matrices of the product; copied: bytes
-    tree: links to the images, with train/ and val/; store: where they are kept decoded
+    out: where what is kept lies; scratch: where links to the images, the decoded ones and the runs lie meanwhile
     tiny: a rehearsal
     """
 
     device: str = "auto"
+    data: str | None = None
+    limit: int = 10_000
     model: str = "efficientnet_v2_s"
     sizes: tuple[int, ...] = (128, 185, 242, 300)
     other_sizes: tuple[int, ...] = (192, 256, 320)
@@ -41,15 +44,18 @@ class Setup:
     classes: int = 1000
     profiled_steps: int = 20
     out: str = "."
+    scratch: str = "."
     tiny: bool = False
 
     @property
     def tree(self) -> str:
-        return os.path.join(self.out, "images")
+        """Links to the images, with train/ and val/."""
+        return os.path.join(self.scratch, "images")
 
     @property
     def store(self) -> str:
-        return os.path.join(self.out, "store")
+        """Where images are kept decoded."""
+        return os.path.join(self.scratch, "store")
 
     @property
     def on_gpu(self) -> bool:

@@ -135,14 +135,14 @@ def end_tree(pid: int) -> None:
 
 
 def run_study(study: str, setup: Setup, data: str, parallel: int, limit: float, log: str) -> None:
-    """Carry out a study with sweep.py until `limit`; its rows and runs lie below `setup.out`.
+    """Carry out a study with sweep.py until `limit`; its rows lie below `setup.out`, its runs below `setup.scratch`.
 
     Raises:
         Ended: some of its runs failed, or time was over; the same call goes on then.
     """
     seconds = limit - time.monotonic()
     command = [sys.executable, "sweep.py", study, "--parallel", str(parallel), "--time-budget", f"{max(1.0, seconds):.0f}s"]  # fmt: skip
-    command += ["--results", os.path.abspath(os.path.join(setup.out, "results")), "--output-dir", os.path.abspath(os.path.join(setup.out, "trainings"))]  # fmt: skip
+    command += ["--results", os.path.abspath(os.path.join(setup.out, "results")), "--output-dir", os.path.abspath(os.path.join(setup.scratch, "trainings"))]  # fmt: skip
     command += [
         "--",
         *common.machine_flags(setup.device),

@@ -58,7 +58,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
         ("of", "way", "{}"), ("TFLOP/s", "tflops", "{:,.0f}"), ("GB/s", "gb_per_second", "{:,.0f}"), ("µs", "microseconds", "{:.2f}"),
     )),
     "gpu_whole": ("gpu", ("whole", "whole-eager"), (
-        ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("images/s", "images_per_second", "{:,.0f}"),
+        ("images", ".data", "{}"), ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("images/s", "images_per_second", "{:,.0f}"),
         ("of the step alone", "share_of_ceiling", "{:.2f}"), ("waiting", "data_wait_fraction", "{:.1%}"), ("times the reference's loading", "times_reference", "{:.2f}"),
     )),
     "gpu_step": ("gpu", ("bare", "ours", "ours-eager", "reference"), (
@@ -66,7 +66,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
         ("times the bare loop's time", "times_bare", "{:.2f}"), ("of bfloat16 products", "share_of_product", "{:.1%}"), ("of memory, at least", "share_of_memory", "{:.1%}"),
     )),
     "gpu_batch": ("gpu", ("batch",), (
-        ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("batch", "batch_size", "{}"), ("images/s", "images_per_second", "{:,.0f}"), ("memory, GiB", "gpu_memory_gib", "{:.1f}"),
+        ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("batch", "batch_size", "{}"), ("images/s", "images_per_second", "{:,.0f}"), ("of the best", "share_of_best", "{:.2f}"), ("memory, GiB", "gpu_memory_gib", "{:.1f}"),
     )),
     "gpu_profile": ("gpu", ("profile", "profile-eager"), (
         ("model", ".model", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"), ("ms/step, profiled", "ms_per_step", "{:.1f}"),

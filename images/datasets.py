@@ -1,21 +1,21 @@
 """Data sets by name: folders of images, Imagenette and Imagewoof, handwritten digits."""
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
-import torch
+import numpy as np
 from PIL import Image
 from torchvision.datasets import Imagenette
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 
 from augment.pixels import to_rgb
-from settings.errors import ConfigError
+from images.listing import FileList, keep_listed, read_list, scan, write_list
+from images.verify import find_bad, naming_damage, open_image, unreadable
+from settings.errors import ConfigError, first_line, printable
 from settings.table import Config
 from utils import Runtime
 
@@ -35,47 +35,78 @@ class Data:
 
     store_side: short side of images out of a decode-once store, pixels; None without one
     store_folder: where that lies
+    skipped: of each split, the images left out because they cannot be read: path and fault
     """
 
     train: Images
     val: Images
     store_side: int | None = None
     store_folder: str | None = None
+    skipped: Mapping[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
         return self.train.classes
 
     def __str__(self) -> str:
-        return f"{len(self.train)} training and {len(self.val)} validation images of {len(self.classes)} classes"
+        """Say how many images there are; and how many were left out, with the first of them."""
+        told = f"{len(self.train)} training and {len(self.val)} validation images of {len(self.classes)} classes"
+        skipped = [image for images in self.skipped.values() for image in images]
+        if not skipped:
+            return told
+        path, fault = skipped[0]
+        return printable(f"{told}; {len(skipped)} left out that cannot be read, first {path}: {fault}")
 
 
 class ImageTree:
     """The images of a folder that holds one folder per class, at any depth below it.
 
+    keep_list: take the list of images from the last start, where it still fits; keep it for the next
     only: text file of the images to use, others are left out; see `keep_listed`
+    skip: leave out what cannot be read, which is found out here, once: so all processes of a run, every resume, and runs
+        with and without a store have the same images. An image that is damaged later ends the run all the same.
+    skipped: path and fault of each image that was left out
 
     Raises:
-        ConfigError: no such folder, no class folders, a class folder without images, a list that does not fit.
+        ConfigError: no such folder, no class folders, a class folder without images, a list that does not fit, an image
+            that is no file.
     """
 
-    def __init__(self, root: str, keep_list: bool = False, only: str | None = None):
+    def __init__(self, root: str, keep_list: bool = False, only: str | None = None, skip: bool = False):
         if not os.path.isdir(root):
-            raise ConfigError(
-                f"no folder {root}; data_path and the names of its splits must lead to one folder per class"
-            )
-        try:
-            folders, numbers = find_classes(root)
-            listed = read_list(root, folders) if keep_list else None
-            self.samples = listed or make_dataset(root, numbers, extensions=IMG_EXTENSIONS)
-        except FileNotFoundError as error:  # torchvision's message names the empty classes
-            raise ConfigError(f"{root}: {str(error).splitlines()[0]}") from error
-        if keep_list and listed is None:
-            write_list(root, folders, self.samples)
+            raise no_folder(root)
+        found = (read_list(root) if keep_list else None) or scan(root)
+        if keep_list:
+            write_list(root, found)
         if only is not None:
-            self.samples = keep_listed(self.samples, root, only)
+            found = keep_listed(found, only)
+        if found.bad and not skip:
+            raise unreadable(*found.bad[0])
         self.root, self.only = root, only
-        self.classes = [WORDNET_NAMES.get(folder, folder) for folder in folders]
+        self.classes = [WORDNET_NAMES.get(folder, folder) for folder in found.classes]
+        self.samples, self.skipped = found.files, found.bad
+        if skip:
+            self.leave_out_bad(found.numbers_of_bad())
+
+    def leave_out_bad(self, numbers: set[int]) -> None:
+        """Look at all images, and leave out what cannot be read.
+
+        numbers: class numbers of those that the list of files lacks already
+
+        Raises:
+            ConfigError: a class has no others.
+        """
+        files = self.samples
+        bad = dict(find_bad(files, f"looking at {os.path.basename(self.root)}"))
+        self.skipped = self.skipped + [(files[index][0], fault) for index, fault in bad.items()]
+        if bad:
+            self.samples = files.choose(np.setdiff1d(np.arange(len(files)), list(bad)))
+        lost = (numbers | set(files.targets[list(bad)].tolist())) - set(np.unique(self.samples.targets).tolist())
+        if lost:
+            name, first = self.classes[min(lost)], ": ".join(self.skipped[0])
+            raise ConfigError(
+                f"{self.root}: no image of class {name} can be read; of those left out the first is {first}"
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -95,94 +126,17 @@ class ImageTree:
         """
         path, target = self.samples[index]
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 yield image, target
         except Exception:
-            with naming_damage(path), Image.open(path) as image:
+            with naming_damage(path), open_image(path) as image:
                 to_rgb(image)
             raise  # the file is sound, the fault is the caller's
-
-
-@contextmanager
-def naming_damage(path: str) -> Iterator[None]:
-    """Convert any error within to a ConfigError which says that `path` cannot be read as an image."""
-    try:
-        yield
-    except Exception as error:  # what PIL raises on a damaged file varies with the damage
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{path} cannot be read as an image: {reason}; mend or remove it") from error
 
 
 def opened(images: Images, index: int) -> AbstractContextManager[tuple[Image.Image, int]]:
     """Open image `index`, not decoded yet if it comes from a file, with its class number."""
     return images.opened(index) if isinstance(images, ImageTree) else nullcontext(images[index])
-
-
-def keep_listed(samples: Sequence[tuple[str, int]], root: str, path: str) -> list[tuple[str, int]]:
-    """Choose the images that a text file lists: one path below `root` a line, with "/" between folders.
-
-    They stay in the order of the folder, so that a list's own order means nothing. Empty lines and lines that begin
-    with # are left out.
-
-    Raises:
-        ConfigError: the file cannot be read, lists nothing, or an image that is not there.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise ConfigError(f"cannot read the list of images {path}: {reason}") from error
-    names = {line for line in lines if line and not line.startswith("#")}
-    kept = [(file, target) for file, target in samples if os.path.relpath(file, root).replace(os.sep, "/") in names]
-    if len(kept) < len(names) or not names:
-        missing = names - {os.path.relpath(file, root).replace(os.sep, "/") for file, _ in kept}
-        example = f", such as {min(missing)}" if missing else ""
-        raise ConfigError(f"{path} lists {len(names)} images, {len(missing)} of them not in {root}{example}")
-    return kept
-
-
-def list_path(root: str) -> str:
-    """Build the path of the file that keeps the list of images of `root`.
-
-    It lies in torch's folder for downloads.
-    """
-    name = hashlib.sha1(os.path.abspath(root).encode()).hexdigest()[:16]
-    return os.path.join(torch.hub.get_dir(), "imagefolder", f"{name}.json")
-
-
-def read_list(root: str, classes: Sequence[str]) -> list[tuple[str, int]] | None:
-    """Read the list of images kept for `root`; None if none fits its folders as they are now."""
-    try:
-        with open(list_path(root), encoding="utf-8") as file:
-            kept = json.load(file)
-        unchanged = all(os.stat(os.path.join(root, folder)).st_mtime_ns == time for folder, time in kept["folders"])
-        if unchanged and kept["classes"] == list(classes):
-            return [(os.path.join(root, path), target) for path, target in kept["samples"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none, or damaged: listed anew
-    return None
-
-
-def write_list(root: str, classes: Sequence[str], samples: Sequence[tuple[str, int]]) -> None:
-    """Write the list of images of `root` to its file, with the time of every folder below `root`.
-
-    A new image changes its folder's time, by which `read_list` knows that the list is out of date.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    folders = [folder for folder, _, _ in os.walk(root)]
-    times = [(os.path.relpath(folder, root), os.stat(folder).st_mtime_ns) for folder in folders]
-    relative = [(os.path.relpath(file, root), target) for file, target in samples]
-    path = list_path(root)
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
-            json.dump({"classes": list(classes), "folders": times, "samples": relative}, file)
-        os.replace(f"{path}.{os.getpid()}", path)
-    except OSError as error:
-        raise ConfigError(f"cache_dataset: cannot write {path}: {error.strerror}; leave it out") from error
 
 
 class Digits:
@@ -221,59 +175,116 @@ WORDNET_NAMES = {
 }  # fmt: skip
 
 
-def fastai_tree(config: Config, runtime: Runtime) -> str:
-    """Find the folder of Imagenette or Imagewoof below data_path; download it first if that is asked for.
+def fastai_tree(config: Config) -> str:
+    """Find the folder of Imagenette or Imagewoof below data_path.
 
     Raises:
-        ConfigError: it cannot be downloaded, or is not there.
+        ConfigError: it is not there.
     """
-    name, _, size = config.dataset.partition("-")
-    folder = f"{name}2" + (f"-{size.removesuffix('px')}" if size else "")
-    tree = os.path.join(config.data_path, folder)
-    if config.download and runtime.local_rank == 0 and not os.path.isdir(tree):
-        try:
-            if name == "imagenette":
-                Imagenette(config.data_path, split="train", size=size or "full", download=True)
-            else:  # torchvision has no Imagewoof; it lies beside Imagenette
-                url = f"https://s3.amazonaws.com/fast-ai-imageclas/{folder}.tgz"
-                download_and_extract_archive(url, config.data_path)
-        except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(
-                f"download: {config.dataset} cannot be fetched into {config.data_path}: {reason}"
-            ) from error
-    runtime.barrier()
+    tree = fastai_path(config)
     if not os.path.isdir(tree):
         raise ConfigError(
-            f"data_path {config.data_path} holds no {folder}; --download fetches it, or give the folder that holds it"
+            f"data_path {config.data_path} holds no {os.path.basename(tree)}; --download fetches it, or give the folder "
+            "that holds it"
         )
     return tree
 
 
+def fastai_path(config: Config) -> str:
+    """Build the path of the folder of Imagenette or Imagewoof below data_path, there or not."""
+    name, _, size = config.dataset.partition("-")
+    return os.path.join(config.data_path, f"{name}2" + (f"-{size.removesuffix('px')}" if size else ""))
+
+
+def download(config: Config) -> None:
+    """Fetch Imagenette or Imagewoof into data_path, unless it is there.
+
+    Raises:
+        ConfigError: it cannot be fetched.
+    """
+    tree = fastai_path(config)
+    name, _, size = config.dataset.partition("-")
+    if os.path.isdir(tree):
+        return
+    try:
+        if name == "imagenette":
+            Imagenette(config.data_path, split="train", size=size or "full", download=True)
+        else:  # torchvision has no Imagewoof; it lies beside Imagenette
+            url = f"https://s3.amazonaws.com/fast-ai-imageclas/{os.path.basename(tree)}.tgz"
+            download_and_extract_archive(url, config.data_path)
+    except (OSError, RuntimeError) as error:
+        reason = first_line(error)
+        raise ConfigError(f"download: {config.dataset} cannot be fetched into {config.data_path}: {reason}") from error
+
+
+def no_folder(root: str) -> ConfigError:
+    """Make the error of a folder of images that is not there."""
+    return ConfigError(f"no folder {root}; data_path and the names of its splits must lead to one folder per class")
+
+
+def split_folders(config: Config) -> tuple[str, str]:
+    """Find the folders of the training and the validation images.
+
+    Raises:
+        ConfigError: Imagenette or Imagewoof is not there.
+    """
+    if config.dataset != "imagefolder":
+        tree = fastai_tree(config)
+        return os.path.join(tree, "train"), os.path.join(tree, "val")
+    return os.path.join(config.data_path, config.train_split), os.path.join(config.data_path, config.val_split)
+
+
+def check_folders(config: Config) -> None:
+    """Raise ConfigError if a folder of images is missing that is not to be downloaded; look at nothing in them.
+
+    It takes no time, so that whatever does (to download weights) comes later.
+    """
+    if config.dataset == "digits" or config.download:
+        return
+    for root in split_folders(config):
+        if not os.path.isdir(root):
+            raise no_folder(root)
+
+
 def load_data(config: Config, runtime: Runtime) -> Data:
     """Load the data set of the run: lists of image files, or the digits themselves.
+
+    Rank 0 lists the files, and all take its list: the disk is asked once, and all have the same images in the same
+    order.
 
     Raises:
         ConfigError: not there, empty, too few validation images, or the two splits have different classes.
     """
     if config.dataset == "digits":
         return Data(train=Digits(train=True), val=Digits(train=False))
-    if config.dataset == "imagefolder":
-        train_root, val_root = (
-            os.path.join(config.data_path, split) for split in (config.train_split, config.val_split)
-        )
-    else:
-        tree = fastai_tree(config, runtime)
-        train_root, val_root = os.path.join(tree, "train"), os.path.join(tree, "val")
-    data = Data(
-        train=ImageTree(train_root, config.cache_dataset, config.train_list),
-        val=ImageTree(val_root, config.cache_dataset, config.val_list),
-    )
-    if len(data.val) < runtime.world_size:
-        raise ConfigError(f"{val_root} has {len(data.val)} images, too few for {runtime.world_size} processes")
-    if data.train.classes != data.val.classes:
-        odd = sorted(set(data.train.classes) ^ set(data.val.classes))
+    if config.download:
+        runtime.on_each_machine(partial(download, config))
+    train_root, val_root = split_folders(config)
+    skip = config.on_bad_image == "skip"
+    train = runtime.share(partial(ImageTree, train_root, config.cache_dataset, config.train_list, skip))
+    val = runtime.share(partial(ImageTree, val_root, config.cache_dataset, config.val_list, skip))
+    if len(val) < runtime.world_size:
+        raise ConfigError(f"{val_root} has {len(val)} images, too few for {runtime.world_size} processes")
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
         raise ConfigError(
             f"{train_root} and {val_root} must hold the same class folders; only one has {', '.join(odd[:5])}"
         )
-    return data
+    if runtime.is_main and (common := count_common(train.samples, val.samples)):
+        # No error: to see whether a model can learn its training images by heart is a common test of a new data set.
+        runtime.say(
+            printable(f"warning: {common} of {len(val)} validation images are training images too, {train_root} and ")
+            + printable(f"{val_root} are one folder; accuracy will say nothing about new images")
+        )
+    return Data(train=train, val=val, skipped={"train": train.skipped, "val": val.skipped})
+
+
+def count_common(one: FileList, other: FileList) -> int:
+    """Count the files that both lists name, if they are of one folder; else 0, without a look at the files.
+
+    `python -m images.check` finds equal files of different folders, for which it has to read all.
+    """
+    if os.path.realpath(one.root) != os.path.realpath(other.root):
+        return 0
+    names = {one.name(i) for i in range(len(one))}
+    return sum(other.name(i) in names for i in range(len(other)))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from augment.pixels import to_rgb
+from images.verify import check_opened, naming_damage
 from settings.errors import ConfigError, first_line
 
 JPEG = [0xFF, 0xD8, 0xFF]  # how such a file begins
@@ -37,7 +38,7 @@ def check_decoder(device: torch.device) -> None:
 def decode_batch(
     files: Sequence[Tensor], paths: Sequence[str], device: torch.device, refused: Callable[[str, str], None]
 ) -> list[Tensor]:
-    """Decode a batch of files to images on `device`, each uint8 (H, W, 3).
+    """Decode a batch of files to images on `device`, each uint8 (3, H, W).
 
     JPEGs are decoded in one batch, by nvJPEG on CUDA. PIL decodes other formats on the host, and JPEGs that nvJPEG
     refuses (CMYK, arithmetic coding), which are told to `refused`: path and reason.
@@ -64,7 +65,7 @@ def decode_batch(
     ready = iter(decoded)
     images = [next(ready) if jpeg else None for jpeg in is_jpeg]
     return [
-        by_pil(file, path).to(device) if image is None else image.permute(1, 2, 0)
+        by_pil(file, path).permute(2, 0, 1).to(device) if image is None else image
         for file, path, image in zip(files, paths, images)
     ]
 
@@ -96,8 +97,6 @@ def by_pil(file: Tensor, path: str) -> Tensor:
     Raises:
         ConfigError: it cannot be read; the message names it.
     """
-    try:
-        return torch.from_numpy(np.array(to_rgb(Image.open(io.BytesIO(file.numpy().tobytes())))))
-    except Exception as error:  # what PIL raises on a damaged file varies with the damage
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{path} cannot be read as an image: {reason}; mend or remove it") from error
+    with naming_damage(path):
+        image = check_opened(Image.open(io.BytesIO(file.numpy().tobytes())))
+        return torch.from_numpy(np.array(to_rgb(image)))

@@ -18,9 +18,9 @@ from images.datasets import Images, ImageTree, opened
 from images.decode import decode_batch
 from images.order import Draw, DrawSampler
 from images.store import StoredImages
+from images.verify import read_bytes
 from images.workers import as_it_is, close_loader, make_loader
 from presets import BatchPreset
-from settings.errors import ConfigError
 from utils import SAMPLE, Runtime, drawing_from
 
 # ---- what workers do ----
@@ -45,7 +45,8 @@ class DrawnImages(Dataset):
 class CroppedImages(Dataset):
     """Batches of images, cropped, resized and flipped as a batch preset draws; the rest is left to the device.
 
-    A batch is uint8 (N, 3, S, S), class numbers (N,), what is left to do (`BatchPreset.choose`).
+    A batch is uint8 (N, 3, S, S), channels last in memory, as crops come; class numbers (N,); and what is left to do
+    (`BatchPreset.choose`).
     """
 
     def __init__(self, images: Images, preset: BatchPreset, seed: int):
@@ -65,7 +66,7 @@ class CroppedImages(Dataset):
             crops = self.from_store(self.images, indices, numbers)
         else:
             crops = (self.from_file(index, numbers[i : i + 1]) for i, index in enumerate(indices))
-        batch = torch.empty(len(draws), 3, size, size, dtype=torch.uint8)
+        batch = torch.empty(len(draws), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
         targets = torch.empty(len(draws), dtype=torch.long)
         flips = self.preset.flips(numbers)
         for i, (crop, target) in enumerate(crops):
@@ -111,10 +112,7 @@ class Files(Dataset):
             ConfigError: a file cannot be read.
         """
         paths, targets = zip(*(self.images.samples[index] for _, index, _ in draws))
-        try:
-            files = [np.fromfile(path, np.uint8) for path in paths]
-        except OSError as error:
-            raise ConfigError(f"{error.filename} cannot be read: {error.strerror}; mend or remove it") from error
+        files = [read_bytes(path) for path in paths]
         lengths = torch.tensor([len(file) for file in files])
         return torch.from_numpy(np.concatenate(files)), lengths, torch.tensor(targets), torch.tensor(draws)
 
@@ -219,9 +217,9 @@ class DecodedOnDevice(WorkerSource):
         draws = keys.tolist()
         paths = [self.images.samples[index][0] for _, index, _ in draws]
         decoded = decode_batch(joined.split(lengths.tolist()), paths, self.runtime.device, self.tell)
-        heights, widths = np.array([image.shape[:2] for image in decoded]).T
+        heights, widths = np.array([image.shape[1:] for image in decoded]).T
         starts = np.cumsum(heights * widths) - heights * widths
-        flat = torch.cat([image.reshape(-1, 3) for image in decoded])
+        flat = torch.cat([image.flatten(1) for image in decoded], dim=1).t().contiguous()  # few kernels for all images
         numbers = uniforms(self.seed, draws)
         return augment_whole(flat, starts, heights, widths, targets.numpy(), self.preset, numbers, self.runtime)
 

@@ -4,103 +4,86 @@ Files hold images back to back, at their own sizes: a header of 4 KiB (JSON), th
 processes that map the file share one copy of it, in the memory that the system uses to cache files.
 """
 
-import errno
-import hashlib
+import io
 import json
-import math
-import multiprocessing
 import os
-import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from augment.pixels import to_rgb
 from images.datasets import ImageTree
-from images.workers import closing_loader, ignore_signals
-from settings.errors import ConfigError
+from settings.errors import RunError
 
-FORMAT = 1
+try:
+    import fcntl
+except ImportError:  # Windows, which does not let a file be removed that is open
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = 2
 HEADER = 4096  # bytes
-ALIGN = 192  # bytes; of each image's start: whole pixels of 3 bytes, and whole cache lines
 INDEX = np.dtype([(name, "<i8") for name in ("offset", "height", "width")] + [("checksum", "<u8")])
 
 
-def stored_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """Compute height and width of an image in a store: short side at most `side`, aspect ratio kept."""
-    scale = min(1.0, side / min(height, width))
-    return round(height * scale), round(width * scale)
+def checksum(values: NDArray, seed: int = 0) -> int:
+    """Hash the bytes of an array, in their order, to 64 bits.
 
-
-def decode(images: ImageTree, index: int, side: int) -> NDArray[np.uint8]:
-    """Decode image `index` at its stored size: uint8 (H, W, 3).
-
-    It is resized by bicubic interpolation with antialiasing. That keeps what is below half of the stored resolution,
-    which is all that a crop at training size can show, where a box filter would blur it; and it rings less than
-    Lanczos.
-    """
-    with images.opened(index) as (image, _):
-        height, width = stored_size(image.height, image.width, side)
-        image.draft(
-            None, (2 * width, 2 * height)
-        )  # a much larger JPEG is halved as it is decoded, to no less than this
-        pixels = np.array(to_rgb(image))
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    whole = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    small = interpolate(whole, (height, width), mode="bicubic", antialias=True)
-    return small[0].permute(1, 2, 0).contiguous().numpy()
-
-
-def checksum(values: NDArray) -> int:
-    """Add up an array's 64-bit words and the bytes that are left, modulo 2**64.
-
-    That takes a sixth of the time of CRC-32, which would add a tenth to the decoding of a small JPEG. It is to find
+    XXH3 reads them as fast as memory gives them; CRC-32 would add a tenth to the decoding of a small JPEG. It is to find
     damage, not forgery.
+
+    seed: makes another hash of the same bytes: the number of an image, so that it is not taken for another
     """
-    octets = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
-    whole = octets.size // 8 * 8
-    return (int(octets[:whole].view(np.uint64).sum()) + int(octets[whole:].sum())) & (2**64 - 1)
-
-
-# ---- reading ----
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(values).data, seed)
 
 
 class StoredImages:
     """The images of `source` out of a store file.
 
+    The file stays open, and mapped from the start: a run goes on when it is removed or replaced meanwhile.
+
+    targets: class numbers (N,)
     index: offset in bytes, height and width of each image, a record array
     resident: all pixels (P, 3) on a GPU, None unless placed there
+
+    Raises:
+        OSError, ValueError: no store of these images, or a damaged one.
     """
 
     def __init__(self, path: str, source: ImageTree):
         self.path = path
         self.source = source
         self.classes = source.classes
-        self.targets = [target for _, target in source.samples]
-        self.header = read_header(path)
-        self.index = read_index(path, self.header)
+        self.targets = source.samples.targets
+        self.place = path  # where it is opened from; another one in a worker
+        self.file: io.FileIO | None = io.FileIO(path)
+        hold(self.file)
+        self.header = read_header(self.file)
+        if self.header["images"] != len(source):
+            raise ValueError("it is of other images")
+        self.index = read_index(self.file, self.header)
+        self.identity = identity(self.file)
         self.resident: Tensor | None = None
-        self.mapped: Tensor | None = None
+        self.mapped: Tensor | None = self.map()
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels(index).numpy()), self.targets[index]
+        return Image.fromarray(self.pixels(index).numpy()), int(self.targets[index])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"mapped": None, "resident": None}  # a worker maps the file itself
+        """Leave the pixels out: a worker that is not forked opens the file, by this process's handle if there are any."""
+        handle = f"/proc/{os.getpid()}/fd/{self.file.fileno()}" if self.file is not None else ""
+        place = handle if os.path.exists(handle) else self.path
+        return self.__dict__ | {"file": None, "mapped": None, "resident": None, "place": place}
 
     def pixels(self, index: int) -> Tensor:
         """Return image `index`, uint8 (H, W, 3): a view of the file, not to be written to."""
@@ -113,14 +96,38 @@ class StoredImages:
 
     @property
     def flat(self) -> Tensor:
-        """All pixels of the file, uint8 (bytes,), mapped into memory at the first use."""
+        """All pixels of the file, uint8 (bytes,), mapped into memory.
+
+        Raises:
+            RunError: the file was cut short while it was used; the system would end a process that reads on.
+        """
         if self.mapped is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that it is read-only
-                self.mapped = torch.from_numpy(
-                    np.memmap(self.path, np.uint8, "r", HEADER, shape=(self.header["bytes"],))
-                )
+            self.mapped = self.map()
+        if fault := self.fault():
+            raise RunError(fault)
         return self.mapped
+
+    def fault(self) -> str | None:
+        """Tell what has happened to the file since it was opened; None if it is as long as it was."""
+        assert self.file is not None
+        if os.fstat(self.file.fileno()).st_size >= HEADER + self.header["bytes"]:  # takes half a microsecond
+            return None
+        return f"decode cache {self.path} was cut short while it was used; --resume auto makes it anew"
+
+    def map(self) -> Tensor:
+        """Map the pixels of the file into memory; in a worker that is not forked, open it first.
+
+        Raises:
+            RunError: another file is there now, or none.
+        """
+        if self.file is None:
+            with suppress(OSError):
+                self.file = open(self.place, "rb", buffering=0)  # noqa: SIM115, as long as this is there
+            if self.file is None or identity(self.file) != self.identity:
+                raise RunError(f"decode cache {self.path} was removed while it was used; --resume auto makes it anew")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it is read-only
+            return torch.from_numpy(np.memmap(self.file, np.uint8, "r", HEADER, shape=(self.header["bytes"],)))
 
     def place_on(self, device: torch.device) -> None:
         """Copy all pixels to `device`, piece by piece."""
@@ -136,182 +143,103 @@ class StoredImages:
         count as this process's memory.
         """
         buffer = np.empty(int((3 * self.index["height"] * self.index["width"]).max()), np.uint8)
-        rows = tqdm(self.index.tolist(), "checking the decode cache", unit="images", delay=2, leave=False, disable=None)
-        with open(self.path, "rb", buffering=0) as file:
-            for offset, height, width, expected in rows:
-                pixels = buffer[: 3 * height * width]
-                file.seek(HEADER + offset)
-                if file.readinto(pixels.data) != pixels.size or checksum(pixels) != expected:
+        bar = tqdm(self.index, "checking the decode cache", unit="images", delay=2, leave=False, disable=None)
+        with io.FileIO(self.path) as file:
+            for i, (offset, height, width, expected) in enumerate(bar):
+                pixels = buffer[: 3 * int(height) * int(width)]
+                file.seek(HEADER + int(offset))
+                if file.readinto(pixels.data) != pixels.size or checksum(pixels, i) != expected:
                     return True
         return False
 
 
-def read_header(path: str) -> dict[str, Any]:
+def hold(file: IO[bytes] | io.FileIO) -> None:
+    """Have other programs see that a store is used, until the file is closed; where files cannot be locked, do nothing."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def held(path: str) -> bool | None:
+    """Check whether a program uses the store, or builds it; None where that cannot be found out.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    with io.FileIO(path) as file:
+        if fcntl is None:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        return False
+
+
+def identity(file: io.FileIO) -> tuple[int, int]:
+    """Find what tells a file from any other that gets its name: the device, and its number there."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino
+
+
+FIELDS = {"format": int, "images_key": str, "root": str, "side": int, "images": int, "bytes": int, "index": int, "header": int}  # fmt: skip
+
+
+def read_header(file: io.FileIO) -> dict[str, Any]:
     """Read the header of a store file.
 
     Raises:
-        ValueError: not one, or one that was not finished.
+        ValueError: not one, or one that is damaged or was not finished.
     """
-    with open(path, "rb") as file:
+    file.seek(0)
+    try:
         header = json.loads(file.read(HEADER))
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path} has another format")
-    if os.path.getsize(path) != HEADER + header["bytes"] + header["images"] * INDEX.itemsize:
-        raise ValueError(f"{path} has lost its end")
+    except (ValueError, RecursionError) as error:
+        raise ValueError("its header is damaged") from error
+    if isinstance(header, dict) and header.get("format") != FORMAT:
+        raise ValueError("it has another format")
+    if not isinstance(header, dict) or {name: type(value) for name, value in header.items()} != FIELDS:
+        raise ValueError("its header is damaged")
+    if header["header"] != header_checksum(header):
+        raise ValueError("its header is damaged")
+    if os.fstat(file.fileno()).st_size != HEADER + header["bytes"] + header["images"] * INDEX.itemsize:
+        raise ValueError("it has lost its end")
     return header
 
 
-def read_index(path: str, header: dict[str, Any]) -> NDArray:
+def header_checksum(header: Mapping[str, Any]) -> int:
+    """Hash a header, but for this hash."""
+    rest = {name: value for name, value in sorted(header.items()) if name != "header"}
+    return checksum(np.frombuffer(json.dumps(rest).encode(), np.uint8))
+
+
+def read_index(file: io.FileIO, header: Mapping[str, Any]) -> NDArray:
     """Read the index of a store file.
 
     Raises:
         ValueError: it is damaged.
     """
-    index = np.fromfile(path, INDEX, header["images"], offset=HEADER + header["bytes"])
-    if checksum(index) != header["checksum"]:
-        raise ValueError(f"the index of {path} is damaged")
+    file.seek(HEADER + header["bytes"])
+    index = np.frombuffer(file.read(header["images"] * INDEX.itemsize), INDEX)
+    if checksum(index) != header["index"]:
+        raise ValueError("its index is damaged")
     return index
 
 
-def open_store(path: str, images: ImageTree, check: bool = False) -> StoredImages | None:
-    """Open the store in `path`; return None if there is none or it is damaged.
+def open_store(path: str, images: ImageTree, key: str, check: bool = False) -> StoredImages:
+    """Open the store in `path`.
 
+    key: of `store_key`, that the store must have been made with
     check: also compare every pixel with what was stored
-    """
-    try:
-        stored = StoredImages(path, images)
-        return None if check and stored.damaged() else stored
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-# ---- building ----
-
-
-class NoRoom(ConfigError):
-    """The disk is full, or too full to begin."""
-
-
-def store_name(images: ImageTree, side: int) -> str:
-    """Build a file name that changes with all that a store is made from.
-
-    That is the names, sizes and times of the files, the side and the format.
-    """
-    key = hashlib.sha256(f"{FORMAT} {side}".encode())
-    for path, _ in images.samples:
-        status = os.stat(path)
-        key.update(f"{os.path.relpath(path, images.root)}\0{status.st_size} {status.st_mtime_ns}\n".encode())
-    return f"{split_name(images)}-{side}-{key.hexdigest()[:16]}.images"
-
-
-def origin(images: ImageTree) -> str:
-    """Compute the digest of where images are from; a store made from there earlier is outdated by a new one."""
-    return digest(images.root if images.only is None else f"{images.root}\0{images.only}")
-
-
-def split_name(images: ImageTree) -> str:
-    return os.path.basename(os.path.abspath(images.root))
-
-
-def estimate(images: ImageTree, side: int) -> int:
-    """Estimate the bytes of a store from the sizes of some of its images: all below 1,000, else 500 to 750.
-
-    Reading every header would take a good part of the time of decoding.
-    """
-    step = max(1, len(images) // 500)
-    sample = range(0, len(images), step)
-    total = 0
-    for index in sample:
-        with images.opened(index) as (image, _):
-            height, width = stored_size(image.height, image.width, side)
-        total += 3 * height * width + ALIGN
-    return round(total / len(sample) * len(images)) + len(images) * INDEX.itemsize + HEADER
-
-
-class Decoding(Dataset):
-    """Item i: image i is decoded and written to `path`, at the next free place; the item is its row of the index."""
-
-    def __init__(self, images: ImageTree, side: int, path: str):
-        self.images = images
-        self.side = side
-        self.path = path
-        self.end: Any = multiprocessing.Value("q", 0)  # bytes of pixels so far, of all processes
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, int, int, int, int]:
-        pixels = decode(self.images, index, self.side)
-        with self.end.get_lock():
-            offset = self.end.value
-            self.end.value += math.ceil(pixels.size / ALIGN) * ALIGN
-        try:
-            with open(self.path, "r+b", buffering=0) as file:
-                file.seek(HEADER + offset)
-                write_all(file, pixels.data.cast("B"))
-        except OSError as error:
-            raise full_or_same(error, self.path) from error
-        return index, offset, *pixels.shape[:2], checksum(pixels)
-
-
-def write_all(file: Any, content: memoryview) -> None:
-    """Write all of `content` to an unbuffered file."""
-    while content:
-        content = content[file.write(content) :]  # the system may take a part
-
-
-def full_or_same(error: OSError, path: str) -> Exception:
-    """Convert an error in writing to NoRoom if the disk is full, else to a ConfigError with its reason."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoRoom(f"decode_cache: no space is left in {os.path.dirname(path)}; give another folder, or off")
-    return ConfigError(f"decode_cache: cannot write {path}: {error.strerror}; give another folder, or off")
-
-
-def build(path: str, images: ImageTree, side: int) -> None:
-    """Decode all `images` into a store file, on all cores.
-
-    The file appears whole or not at all. If the machine fails before the disk has all of it, its checksums show that.
 
     Raises:
-        ConfigError: an image is damaged; NoRoom: the disk is full. Nothing is left behind.
+        OSError, ValueError: there is none, or it is damaged.
     """
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}"
-    index = np.zeros(len(images), INDEX)
-    decoding = Decoding(images, side, temporary)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, len(images) // 100)  # a few images are decoded before a process has started
-    batches = DataLoader(
-        decoding,
-        min(32, len(images)),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        collate_fn=list,
-        worker_init_fn=ignore_signals,
-    )
-    bar = tqdm(
-        total=len(images), desc=f"decoding {split_name(images)}", unit="images", delay=1, leave=False, disable=None
-    )
-    try:
-        with open(temporary, "wb") as file, bar, closing_loader(batches):
-            file.truncate(HEADER)
-            for rows in batches:
-                for i, *row in rows:
-                    index[i] = tuple(row)
-                bar.update(len(rows))
-            size = decoding.end.value
-            file.seek(HEADER + size)
-            file.write(index.tobytes())
-            header = dict(format=FORMAT, root=origin(images), side=side, images=len(images), bytes=size)
-            file.seek(0)
-            file.write(json.dumps(header | {"checksum": checksum(index)}).ljust(HEADER).encode())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise full_or_same(error, path) from error
-    finally:
-        with suppress(OSError):
-            os.remove(temporary)
-
-
-def digest(root: str) -> str:
-    """Hash the absolute path of a folder, to 16 hexadecimal digits."""
-    return hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:16]
+    stored = StoredImages(path, images)
+    if stored.header["images_key"] != key:
+        raise ValueError("it is of other images")
+    if check and stored.damaged():
+        raise ValueError("its pixels are damaged")
+    return stored

@@ -1,20 +1,24 @@
 """Where a decode-once store lies, and whether there is room for one."""
 
+import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from images.datasets import Data, ImageTree
-from images.store import NoRoom, build, estimate, open_store, origin, read_header, store_name
-from settings.errors import ConfigError
+from images.store import HEADER, StoredImages, held, open_store
+from images.store_build import NoRoom, build, estimate, origin, store_key, store_name
+from settings.errors import ConfigError, first_line, printable
 from settings.table import Config
 from utils import Runtime
 
@@ -49,7 +53,11 @@ def locked(folder: str) -> Iterator[None]:
     """
     lock = FileLock(os.path.join(folder, LOCK))
     with suppress(OSError, NotImplementedError):
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another run decodes images into {folder}; waiting for it to finish", flush=True)
+            lock.acquire()
     try:
         yield
     finally:
@@ -57,24 +65,40 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def remove_outdated(path: str, images: ImageTree) -> None:
-    """Remove the stores that the one in `path` replaces, and what a killed run has left.
+    """Remove the stores that the one in `path` replaces, unless a run still uses them.
 
-    It replaces stores of the same images and side, made from files that have changed since. An unfinished file counts
-    as left by a killed run when it has not been written to for an hour.
+    They are of the same images and side, made from files that have changed since, or by an older version of this
+    program.
     """
     folder, name = os.path.split(path)
     start = name.rsplit("-", 1)[0] + "-"
     for other in os.listdir(folder):
-        if other == name or not other.startswith(start):
-            continue
         place = os.path.join(folder, other)
-        with suppress(OSError, ValueError, KeyError):
-            if other.endswith(".images"):
-                outdated = read_header(place)["root"] == origin(images)
-            else:
-                outdated = time.time() - os.path.getmtime(place) > 3600  # no one writes to it any more
-            if outdated:
-                os.remove(place)
+        if other != name and other.startswith(start) and other.endswith(".images"):
+            with suppress(OSError):
+                if made_from(place) == origin(images) and not held(place):
+                    os.remove(place)
+
+
+def made_from(path: str) -> str | None:
+    """Read where the images of a store are from, a digest; of any version of the file, also a damaged one, or None."""
+    with suppress(ValueError, RecursionError, AttributeError), open(path, "rb") as file:
+        return json.loads(file.read(HEADER)).get("root")
+    return None
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the unfinished stores in `folder` that no one builds any more: their builders were killed."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            place = os.path.join(folder, name)
+            with suppress(OSError):
+                if re.fullmatch(r".*\.images\.[0-9a-f]{8}", name, re.DOTALL):
+                    building = held(place)
+                    if building is None:  # where files cannot be locked: it has not been written to for an hour
+                        building = time.time() - os.path.getmtime(place) < 3600
+                    if not building:
+                        os.remove(place)
 
 
 def free_disk(folder: str) -> int:
@@ -130,33 +154,31 @@ def candidates(config: Config, roots: Sequence[str]) -> list[str]:
     return [shared] if among_images(beside) else [beside, shared]
 
 
-def make_room(config: Config, images: dict[str, ImageTree], folders: Sequence[str], side: int) -> str | None:
+def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str], side: int) -> list[str] | str:
     """Build the stores that are missing, so that every set has a whole one in one of `folders`.
 
-    images: by the name of their file
-
-    Returns: None, or, with decode_cache auto, why not every set has one.
+    Returns: their paths, or, with decode_cache auto, why not every set has one.
 
     Raises:
         ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
     """
-    there = {}
-    for name, source in images.items():
-        for folder in folders:
-            path = os.path.join(folder, name)
-            if os.path.exists(path) and open_store(path, source, check=True) is not None:
-                there[name] = path
-                break
-    missing = {name: source for name, source in images.items() if name not in there}
-    needed = {name: estimate(source, side) for name, source in missing.items()}
-    bytes_needed = sum(needed.values())
+    keys = [store_key(images, side) for images in sets]
+    names = [store_name(images, side, key) for images, key in zip(sets, keys)]
+    for folder in folders:
+        remove_leftovers(folder)
+    there = [
+        next((path for folder in folders if whole(path := os.path.join(folder, name), images, key)), None)
+        for name, images, key in zip(names, sets, keys)
+    ]
+    missing = [i for i, path in enumerate(there) if path is None]
+    bytes_needed = sum(estimate(sets[i], side) for i in missing)
     if config.decode_cache == "auto":
-        in_memory = bytes_needed + sum(os.path.getsize(path) for path in there.values())
+        in_memory = bytes_needed + sum(os.path.getsize(path) for path in there if path is not None)
         room = MEMORY_SHARE * available_memory()
         if in_memory > room:
             return f"it would take {human(in_memory)} of memory, half of what is free is {human(room)}"
     if not missing:
-        return None
+        return [path for path in there if path is not None]
     place = next((folder for folder in folders if writable(folder)), None)
     if place is None:
         if config.decode_cache == "auto":
@@ -175,17 +197,30 @@ def make_room(config: Config, images: dict[str, ImageTree], folders: Sequence[st
                 "another folder, or off"
             )
         with locked(place):
-            for name, source in missing.items():
-                path = os.path.join(place, name)
-                if open_store(path, source, check=True) is None:  # unless another run was faster
-                    build(path, source, side)
-                    remove_outdated(path, source)
+            for i in missing:
+                path = there[i] = os.path.join(place, names[i])
+                if not whole(path, sets[i], keys[i], tell=False):  # unless another run was faster
+                    build(path, sets[i], side, keys[i])
+                    remove_outdated(path, sets[i])
     except NoRoom as error:
         discard_empty(place)
         if config.decode_cache == "auto":
             return str(error)
         raise
-    return None
+    return [path for path in there if path is not None]
+
+
+def whole(path: str, images: ImageTree, key: str, tell: bool = True) -> bool:
+    """Check whether a whole store of these images lies in `path`; say why if a file lies there that is none."""
+    try:
+        open_store(path, images, key, check=True)
+        return True
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        if tell:
+            print(printable(f"decode cache {path} is made anew: {first_line(error)}"), flush=True)
+        return False
 
 
 def discard_empty(folder: str) -> None:
@@ -216,18 +251,13 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
         return data
     sets = [data.train, data.val]
     side = store_side(config)
-    names = [store_name(images, side) for images in sets]
     folders = candidates(config, [images.root for images in sets])
-    # One process per machine builds or looks through the files; the others wait for it.
-    problem = make_room(config, dict(zip(names, sets)), folders, side) if runtime.local_rank == 0 else None
-    runtime.barrier()
-    if runtime.any(problem is not None):
-        runtime.say(f"decode_cache off: {problem or 'too little room on another machine'}")
+    # One process per machine builds or looks through the files; the others wait for its answer
+    found = runtime.on_each_machine(partial(make_room, config, sets, folders, side))
+    if runtime.any(isinstance(found, str)):
+        runtime.say(f"decode_cache off: {found if isinstance(found, str) else 'too little room on another machine'}")
         return data
-    opened = [
-        next(found for folder in folders if (found := open_store(os.path.join(folder, name), images)) is not None)
-        for name, images in zip(names, sets)
-    ]
+    opened = [StoredImages(path, images) for path, images in zip(found, sets)]
     total = sum(stored.header["bytes"] for stored in opened)
     place = ""
     if runtime.device.type == "cuda" and config.augment_on != "worker":

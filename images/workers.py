@@ -1,9 +1,10 @@
 """Worker processes: they leave signals to the process that trains, and end when their loader does."""
 
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -20,10 +21,12 @@ def ignore_signals(worker: int) -> None:
     """Ignore SIGINT and SIGTERM in a worker process.
 
     Ctrl-C and a scheduler's SIGTERM reach the whole group of processes. The training process decides what to do, and
-    still needs its workers for the step it is in.
+    still needs its workers for the step it is in. Of a bus error torch would print its guess, which is one of two.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGBUS"):
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
 
 
 PATIENCE = 300.0  # seconds without a batch, after which workers count as hanging
@@ -49,44 +52,75 @@ class Loader(DataLoader):
 
     def watched(self, iterator: Any) -> Iterator[Any]:
         """Yield what `iterator` does."""
-        while True:
-            deadline = time.monotonic() + PATIENCE
+        watch = Watch(getattr(iterator, "_workers", ()))
+        try:
             while True:
-                try:
-                    batch = next(iterator)
-                    break
-                except StopIteration:
+                watch.since = time.monotonic()
+                batch = self.next_of(iterator, watch)
+                watch.since = None
+                if batch is None:
                     return
-                except RuntimeError as error:
-                    late = str(error).startswith("DataLoader timed out")
-                    if not late or time.monotonic() >= deadline:
-                        raise why_none(error, iterator, self.dataset) or error from error
-            yield batch
+                yield batch
+        finally:
+            watch.over.set()
+
+    def next_of(self, iterator: Any, watch: "Watch") -> Any:
+        """Return the next batch; None after the last."""
+        while True:
+            try:
+                return next(iterator, None)
+            except (RuntimeError, OSError, EOFError) as error:  # the last two of a batch whose worker is gone
+                late = str(error).startswith("DataLoader timed out")
+                if not late or time.monotonic() - watch.since >= PATIENCE:
+                    raise why_none(error, watch, self.dataset) or error from error
 
 
-def why_none(error: RuntimeError, iterator: Any, dataset: Any) -> RunError | None:
+class Watch(threading.Thread):
+    """A thread that ends workers which were halted, after a while: the loader would wait for their answer for ever.
+
+    since: when the loader began to wait, None where it does not
+    halted: process numbers of workers that it has ended
+    """
+
+    def __init__(self, workers: Sequence[Any]):
+        super().__init__(daemon=True)
+        self.workers = workers
+        self.halted: list[int] = []
+        self.since: Any = None
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.over.wait(LOOK_EVERY):
+            if self.since is not None and time.monotonic() - self.since >= PATIENCE:
+                for worker in self.workers:
+                    if worker.pid not in self.halted and is_stopped(worker.pid):
+                        self.halted.append(worker.pid)
+                        worker.kill()
+
+
+def why_none(error: Exception, watch: Watch, dataset: Any) -> RunError | None:
     """Say why workers bring no batch; None if `error` is one of the program."""
-    text = str(error)
-    workers = getattr(iterator, "_workers", [])
+    text, workers = str(error), watch.workers
     shared = "/dev/shm is too small: enlarge it (docker run --shm-size=8g), or lower --workers"
-    if text.startswith("DataLoader timed out"):
-        stopped = [str(worker.pid) for worker in workers if is_stopped(worker.pid)]
-        reason = (
-            f"process {', '.join(stopped)} is stopped: kill -CONT lets it go on" if stopped else "see to their disk"
-        )
-        return RunError(f"the workers have brought no images for {PATIENCE:.0f} s; {reason}")
+    if text.startswith("DataLoader timed out") or watch.halted:
+        halted = watch.halted or [worker.pid for worker in workers if is_stopped(worker.pid)]
+        reason = f"process {', '.join(map(str, halted))} was halted" if halted else "see to the disk of the images"
+        return RunError(f"the workers have brought no images for {PATIENCE:.0f} s; {reason}; --resume auto continues")
     if "shared memory" in text or "unable to write to file" in text or "/torch_" in text:
         return RunError(f"a worker has no room for its images: {shared}")
-    if not text.startswith("DataLoader worker"):
-        return None
-    for worker in workers:
-        worker.join(1)  # or its status may not be known yet
-    dead = next((worker for worker in workers if worker.exitcode), None)
+    fault = getattr(getattr(dataset, "images", None), "fault", lambda: None)()
+    if text.startswith("Caught "):  # in a worker, which goes on
+        return RunError(fault) if fault and isinstance(error, OSError) else None
+    deadline = time.monotonic() + 2  # its status may not be known yet
+    dead = None
+    while dead is None and time.monotonic() < deadline:
+        dead = next((worker for worker in workers if worker.exitcode), None)
+        time.sleep(0.01)
     if dead is None:
-        return RunError(f"a worker has ended: {text}")
+        return RunError(f"a worker has ended: {text}") if text.startswith("DataLoader worker") else None
     who = f"worker {dead.pid}"
     if dead.exitcode == -signal.SIGBUS:
-        fault = getattr(getattr(dataset, "images", None), "fault", lambda: None)()
         return RunError(f"{who} was ended by the system: {fault or shared}")
     if dead.exitcode == -signal.SIGKILL:
         return RunError(f"{who} was killed; where no one did that, memory has run out: lower --workers")
@@ -139,6 +173,24 @@ def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any)
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # its own, or every epoch would draw from the global one
         **kwargs,
+    )
+
+
+def loader_on_all_cores(dataset: Any) -> DataLoader:
+    """Build a loader of every item of `dataset` in order, in lists of up to 32, made by as many processes as cores.
+
+    A few items are made here: they would be done before a process has started.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, len(dataset) // 100)
+    return Loader(
+        dataset,
+        max(1, min(32, len(dataset))),
+        num_workers=workers,
+        timeout=LOOK_EVERY if workers else 0,
+        persistent_workers=workers > 0,
+        collate_fn=as_it_is,
+        worker_init_fn=ignore_signals,
     )
 
 

@@ -2,10 +2,10 @@
 
 import torch.distributed as dist
 
+import utils
 from learning.rehearse import is_out_of_memory
 from learning.scores import NonFiniteLoss
 from settings.errors import RunError, first_line
-from utils import RANK_SECONDS
 
 # Words of gloo's and NCCL's errors, which are plain RuntimeErrors or of types that differ from version to version.
 OF_PROCESSES = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport", "NCCL")
@@ -26,7 +26,7 @@ def one_line(error: Exception) -> str | None:
         isinstance(error, RuntimeError) and any(words in str(error) for words in OF_PROCESSES)
     ):
         return (
-            f"another process of this run has ended, or did not answer for {RANK_SECONDS:.0f} s: look at what it says; "
+            f"another process of this run has ended, or did not answer for {utils.RANK_SECONDS:.0f} s: look at what it says; "
             "--resume auto continues from the last checkpoint"
         )
     return None

@@ -51,9 +51,19 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
         raise ConfigError(f"weights: {path} is not a file of weights that loads safely ({reason})") from error
     if isinstance(state, dict):
         state = next((state[key] for key in ("model_ema", "model") if isinstance(state.get(key), dict)), state)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(is_weight, state.keys(), state.values())):
         raise ConfigError(f"weights: {weights} holds no state dict")
     return state
+
+
+def is_weight(name: Any, value: Any) -> bool:
+    """Check whether an item of a file is a tensor by its name, of a kind that can be copied into a model's."""
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_complex() or value.is_quantized or value.is_meta or value.is_nested)
+    )
 
 
 def fetch(member: Any) -> str:
@@ -96,7 +106,7 @@ def load_weights(model: nn.Module, name: str, weights: dict[str, Tensor], num_cl
     Only a head of another class count and auxiliary heads may stay out.
 
     Raises:
-        ConfigError: weights of another architecture.
+        ConfigError: weights of another architecture, or that are no numbers.
     """
     state = {key: value for key, value in weights.items() if not key.startswith(("aux", "AuxLogits"))}
     own = model.state_dict()
@@ -111,6 +121,10 @@ def load_weights(model: nn.Module, name: str, weights: dict[str, Tensor], num_cl
         raise ConfigError(
             f"weights are not of {name}: {len(misfits)} tensors are missing, unknown or of another shape, first {misfits[0]}"
         )
+    # Refused, not warned of: each such tensor makes every output NaN, and none of them is ever trained to a number.
+    broken = [key for key in own if key not in head and not state[key].isfinite().all()]
+    if broken:
+        raise ConfigError(f"weights: {len(broken)} tensors hold NaN or infinity, first {broken[0]}; they are of no use")
     model.load_state_dict({key: value for key, value in state.items() if key not in head}, strict=False)
     told = f"{len(own) - len(head)} of {len(own)} tensors loaded"
     return f"{told}; new head for {num_classes} classes ({', '.join(sorted(head))})" if head else told

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -116,13 +116,14 @@ class FolderLog(RunLog):
         folder: RunFolder,
         config: Config,
         plan: Plan,
-        classes: Sequence[str],
+        data: Data,
         samples: Mapping[int, Tensor],
         first_epoch: int,
         dashboard: Dashboard,
         checkpoint: Checkpoint | None = None,
     ):
         self.folder, self.config, self.plan, self.dashboard = folder, config, plan, dashboard
+        self.skipped = data.skipped
         self.records: list[dict[str, Any]] = []
         self.report_due = time.monotonic() + REPORT_EVERY
         self.thread = ThreadPoolExecutor(1, "checkpoint")
@@ -147,7 +148,7 @@ class FolderLog(RunLog):
         if config.resume not in ("", "auto"):
             settings["resume"] = config.resume  # where the run started from is part of it
         folder.write_settings(settings)
-        folder.write_plan(plan, classes)
+        folder.write_plan(plan, data.classes)
         for stage, grid in samples.items():
             folder.write_picture(stage, grid)
         dashboard.start(config)
@@ -197,7 +198,7 @@ class FolderLog(RunLog):
         scores = closing[sizes["test_size"]]
         self.folder.write_confusion("last", self.config.epochs - 1, scores["model"].confusion)
         self.folder.write_confusion("best", state.best_epoch, scores["best"].confusion)
-        summary = summarise(self.config, self.plan, state, learner, sizes, closing, self.records)
+        summary = summarise(self.config, self.plan, state, learner, sizes, closing, self.records, self.skipped)
         self.folder.write_summary(summary)
         self.report()
         self.dashboard.finish()

@@ -15,6 +15,7 @@ import torchvision
 from learning.learner import Learner
 from learning.scores import Score
 from learning.state import RunState
+from settings.errors import printable
 from settings.table import Config
 from stages import Plan, Stage
 from utils import Runtime
@@ -66,11 +67,13 @@ def summarise(
     sizes: Mapping[str, int],
     closing: Mapping[int, Mapping[str, Score]],
     records: Sequence[dict[str, Any]],
+    skipped: Mapping[str, Sequence[tuple[str, str]]],
 ) -> dict[str, Any]:
     """Build a finished run's summary.json.
 
     sizes: what the last evaluations were made at, by name, pixels
     closing: their scores, by size and by copy of the weights ("model", "ema", "best")
+    skipped: of each split, the images that were left out: path and fault
 
     Speeds are None where the records of what they are measured over are lost.
     """
@@ -111,6 +114,10 @@ def summarise(
         # As many images at the last stage's measured speed, over the time the run took
         "speedup_over_fixed_size": images / last_speed / seconds if last_speed and seconds else None,
         "epochs": config.epochs,
+        "skipped_images": {
+            "count": sum(map(len, skipped.values())),
+            **{split: {printable(path): fault for path, fault in images} for split, images in skipped.items()},
+        },
         "parameters": sum(parameter.numel() for parameter in learner.model.parameters()),
         "memory_gib": host_memory_gib(),
         "gpu_memory_gib": max(

@@ -1,5 +1,6 @@
 """What the command line alone can answer, before torch is imported, which takes seconds."""
 
+import io
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ def answer(argv: Sequence[str]) -> None:
 
     Neither torch nor the data are looked at. A signal ends the program in one line from here on.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor is every terminal
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     try:

@@ -13,7 +13,7 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(own_line(type(self), message))
+        super().__init__(printable(own_line(type(self), message)))
 
 
 class RunError(RuntimeError):
@@ -23,7 +23,7 @@ class RunError(RuntimeError):
     """
 
     def __init__(self, message: str):
-        super().__init__(own_line(type(self), message))
+        super().__init__(printable(own_line(type(self), message)))
 
     @classmethod
     def of_disk(cls, error: OSError, path: str) -> "RunError":
@@ -48,7 +48,7 @@ REMEDIES: dict[int | None, str] = {
 }
 
 
-def own_line(kind: type[Exception], message: str) -> str:
+def own_line(kind: type[BaseException], message: str) -> str:
     """Return `message`, or its last line where it is the traceback of a worker process.
 
     torch's loader raises a worker's error again, as a new error of the same type whose message is the worker's
@@ -56,16 +56,37 @@ def own_line(kind: type[Exception], message: str) -> str:
     """
     if not message.startswith(f"Caught {kind.__name__} in "):
         return message
-    return message.strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+    return (
+        message.strip()
+        .splitlines()[-1]
+        .removeprefix(f"{kind.__module__}.".replace("builtins.", ""))
+        .removeprefix(f"{kind.__qualname__}: ")
+    )
+
+
+def printable(text: str) -> str:
+    """Write a text on one line that any terminal and log can show.
+
+    File names may hold line breaks, and bytes that are no UTF-8: these become escapes, as in `a\\nb` and `\\xff.jpg`.
+    """
+    if text.isprintable():
+        return text
+
+    def escape(char: str) -> str:
+        if "\udc80" <= char <= "\udcff":  # how Python holds such a byte
+            return f"\\x{ord(char) - 0xDC00:02x}"
+        return char if char.isprintable() else char.encode("unicode_escape").decode()
+
+    return "".join(map(escape, text))
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message; without a message, the name of its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message, of a worker's that which it raised; without one, its type's name."""
+    return (own_line(type(error), str(error)).strip() or type(error).__name__).splitlines()[0]
 
 
 def tell(error: Exception | str) -> None:
     """Print an error, or a line that says what happened, on stderr; of several processes, also say which it was."""
     rank = os.environ.get("RANK", "0")
-    line = error if isinstance(error, str) else f"error: {error}"
+    line = printable(error if isinstance(error, str) else f"error: {error}")
     print(f"{'' if rank == '0' else f'[rank {rank}] '}{line}", file=sys.stderr)

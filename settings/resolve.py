@@ -91,6 +91,15 @@ def check(config: Config) -> None:
     check_run(config)
 
 
+def doubts(config: Config) -> list[str]:
+    """List what is likely a mistake in settings that can be carried out all the same."""
+    if config.lr_warmup_epochs < config.epochs:
+        return []
+    # No error: a short trial of a long recipe is a common thing, and its learning rates are what was asked for.
+    schedule = f"warm-up never ends, and lr_scheduler {config.lr_scheduler} does nothing"
+    return [f"lr_warmup_epochs {config.lr_warmup_epochs} with epochs {config.epochs}: {schedule}"]
+
+
 def check_stages(config: Config) -> None:
     """Check how many values the scheduled settings have, and the epochs and image sizes of stages."""
     for name in SCHEDULES:
@@ -100,6 +109,10 @@ def check_stages(config: Config) -> None:
             ways = f"one value, first and last, or one per stage ({config.stages})"
             ways = ways if config.stages > 1 else "one value (stages is 1)"
             raise ConfigError(f"{name} takes {ways}; got {len(values)} values")
+        least = SCHEDULES[name].least
+        small = [value for value in values or () if 0 < value < least]
+        if small:
+            raise ConfigError(f"{name} must be 0 or at least {least:g}, got {small[0]:g}")
     if config.stages > config.epochs:
         raise ConfigError(f"{config.stages} stages need at least {config.stages} epochs, epochs is {config.epochs}")
     if config.stage_epochs is not None:

@@ -1,6 +1,7 @@
 """Where settings come from: YAML files and the command line."""
 
 import argparse
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -8,13 +9,13 @@ import yaml
 
 from settings.errors import ConfigError
 from settings.table import DEFAULTS, SETTINGS, show
-from settings.values import LISTS, convert, nearest, parse_text
+from settings.values import LISTS, brief, convert, nearest, parse_text
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """A YAML loader of the safe types alone, which refuses a key that stands twice.
+    """A YAML loader of the safe types alone, which refuses a key that stands twice: the second would silently win.
 
-    The second would silently win.
+    Numbers in forms that people do not mean (`010`, which YAML 1.1 reads as 8) stay text.
     """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -24,6 +25,16 @@ class UniqueKeys(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key} stands there twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: Any) -> Any:
+        """Build a number, or text if it is written in octal, hexadecimal, binary, base 60 or with underscores."""
+        if re.match(r"[-+]?0[\dxbo_]|.*[:_]", node.value):
+            return node.value
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+
+
+for kind in ("int", "float"):
+    UniqueKeys.add_constructor(f"tag:yaml.org,2002:{kind}", UniqueKeys.construct_number)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -39,10 +50,12 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"config: {path} is not a text file") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # what PyYAML raises for a tag that does not fit varies with the tag
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        told = isinstance(error, yaml.YAMLError | ValueError | RecursionError)
+        reason = getattr(error, "problem", None) or (str(error) if told else "a value does not fit its tag")
+        reason = " ".join(reason.split())
         raise ConfigError(f"config: {path} is not plain YAML{line}: {reason}") from error
     if content is None:
         return {}
@@ -72,6 +85,7 @@ def reject_unknown(names: Collection[Any], known: Collection[str], where: str, d
     """
     for name in names:
         if name not in known:
+            name = name if isinstance(name, str) and len(name) < 80 else brief(name)
             near = nearest(str(name), known)
             hint = f"did you mean {dashes}{near}?" if near else "python train.py --help lists all"
             raise ConfigError(f"{where}unknown setting {dashes}{name}; {hint}")

@@ -17,6 +17,7 @@ class Schedule:
     absent: what stands in that column for None; "off" also stands for 0
     axis: label of the graph it is drawn in; those with the same one share a graph. None: in no graph
     whole: rounded down to whole numbers
+    least: the smallest value but 0; one between that and 0 is refused where it is given, and 0 where stages come to it
     """
 
     field: str
@@ -24,6 +25,7 @@ class Schedule:
     absent: str = ""
     axis: str | None = None
     whole: bool = False
+    least: float = 0.0
 
     def show(self, value: float | None) -> str:
         """Format the value of a stage as a cell of a table."""
@@ -71,6 +73,9 @@ DATASETS = (
 ON_DISK = DATASETS[:-1]
 DOWNLOADS = ON_DISK[1:]
 POLICIES = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")
+# The least Beta(alpha, alpha) that torch draws from: below, both of the gamma draws that it divides round to 0 more and
+# more often, and the share is then one half, where it should be 0 or 1 (a quarter of the draws at 0.001, all at 1e-10).
+LEAST_ALPHA = 0.01
 RA_SCALE_END = {"torchvision": 30.0, "paper": 30.0}  # bins of 30; tenths, three times the range
 
 
@@ -92,6 +97,7 @@ class Config:
     train_list: str | None = setting(None, "text file of the training images to use, one path below the split's folder a line; unset: all", kind="str", group="data", optional=True, needs=("dataset", ON_DISK))
     val_list: str | None = setting(None, "the same for validation", kind="str", group="data", optional=True, needs=("dataset", ON_DISK))
     cache_dataset: bool = setting(False, "keep the list of an imagefolder's files for the next start; listed anew when a class folder changed", kind="bool", group="data", needs=("dataset", ("imagefolder",)))
+    on_bad_image: str = setting("error", "an image that cannot be read: error ends the run and names it; skip looks for all of them first, which takes as long as decoding all, leaves them out and lists them in summary.json", kind="str", group="data", choices=("error", "skip"), needs=("dataset", ON_DISK))
     decode_cache: str = setting("auto", "keep images decoded, once for all epochs and runs: auto (where there is room), off, or the folder to keep them in", kind="str", group="data")
     augment_on: str = setting("auto", "augment image by image in workers, or in batches on the device; auto: device if that is CUDA and the policy has a batch form (ra or none)", kind="str", group="data", choices=("auto", "worker", "device"))
     decode_on: str = setting("worker", "decode each time in workers, or JPEGs in batches on a CUDA GPU (nvJPEG; needs decode_cache off, augment_on device)", kind="str", group="data", choices=("worker", "device"), needs=("decode_cache", ("off",)))
@@ -143,8 +149,8 @@ class Config:
     ra_scale: str = setting("torchvision", "torchvision: bins of 30, as the reference's recipes; paper: tenths of the range, may exceed 10 (15 rotates by 45 degrees)", kind="str", group="augmentation", choices=tuple(RA_SCALE_END), needs=("auto_augment", ("ra",)))
     augmix_severity: int = setting(3, "strength of augmix", kind="int", group="augmentation", interval="[1, 10]", needs=("auto_augment", ("augmix",)))
     random_erase: tuple[float, ...] = setting((0.0,), "probability of erasing a random rectangle", kind="floats", group="augmentation", interval="[0, 1]", scheduled=Schedule(field="random_erase", heading="erase", absent="off", axis="probability, alpha"))
-    mixup_alpha: tuple[float, ...] = setting((0.0,), "mixup's Beta(alpha, alpha); 0 is off", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="mixup_alpha", heading="mixup", absent="off", axis="probability, alpha"))
-    cutmix_alpha: tuple[float, ...] = setting((0.0,), "cutmix's Beta(alpha, alpha); 0 is off; with mixup on, each batch gets one of the two", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="cutmix_alpha", heading="cutmix", absent="off", axis="probability, alpha"))
+    mixup_alpha: tuple[float, ...] = setting((0.0,), "mixup's Beta(alpha, alpha); 0 is off", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="mixup_alpha", heading="mixup", absent="off", axis="probability, alpha", least=LEAST_ALPHA))
+    cutmix_alpha: tuple[float, ...] = setting((0.0,), "cutmix's Beta(alpha, alpha); 0 is off; with mixup on, each batch gets one of the two", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="cutmix_alpha", heading="cutmix", absent="off", axis="probability, alpha", least=LEAST_ALPHA))
     train_crop_scale: tuple[float, float] = setting((0.08, 1.0), "smallest and largest area of the random crop, as shares of the image", kind="floats", group="augmentation", interval="(0, 1]")
     hflip_prob: float = setting(0.5, "probability of a horizontal flip", kind="float", group="augmentation", interval="[0, 1]")
     ra_sampler: bool = setting(False, "repeated augmentation: each image ra_reps times in a step, as many images per epoch as without", kind="bool", group="augmentation")
@@ -211,7 +217,7 @@ CLEARML = ("clearml", "clearml_project", "clearml_task", "clearml_tags")
 # Where and how it runs: written down, and free to differ on resume.
 PLACE = (
     *CLEARML, "cache_dataset", "checkpoint_every", "cuda_graphs", "data_path", "decode_cache", "device", "dist_url",
-    "output_dir", "print_freq", "workers", "world_size",
+    "on_bad_image",     "output_dir", "print_freq", "workers", "world_size",
 )  # fmt: skip
 
 

@@ -2,24 +2,50 @@
 
 import difflib
 import json
+import os
 import re
+import reprlib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from settings.errors import ConfigError
 from settings.table import DEFAULTS, SETTINGS
+
+# A number as people write it. Python and YAML 1.1 also read 010 as 8, 0x10 as 16, 1:30 as 90, 1_0 as 10 and digits of
+# other scripts; whoever writes those means something else, or would be misread by the next reader.
+NUMBER = r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+LISTS = ("ints", "floats", "strs")
+USUAL = 1e30  # the largest size of a number, and its inverse the smallest but 0; float32 ends at 1e38 and 1e-38
 
 
 def seconds(duration: str) -> float:
     """Convert a duration, `90s`, `25m`, `1.5h` or plain seconds, to seconds.
 
     Raises:
-        ConfigError: anything else, and 0.
+        ConfigError: anything else, less than a millisecond, more than 31 years.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", duration.strip())
-    if not match or float(match[1]) == 0:
-        raise ConfigError(f"time_budget must be a time such as 90s, 25m or 1.5h, got {duration!r}")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    match = re.fullmatch(r"((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)([smh]?)", duration.strip())
+    value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    # A shorter one is a slip: the run would set all up, take one step and stop, and so again at every resume.
+    if not 0.001 <= value <= 1e9:
+        raise ConfigError(f"time_budget must be a time such as 90s, 25m or 1.5h, got {brief(duration)}")
+    return value
+
+
+def brief(value: Any) -> str:
+    """Format a value that was refused, shortened: one of YAML may be a tree of any size."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 2, 80, 80, 80
+    return short.repr(value)
+
+
+def check_text(name: str, value: str, where: str) -> None:
+    """Raise ConfigError for text that no file, folder or name can be called."""
+    if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+        raise ConfigError(f"{where}{name} must be UTF-8 text without NUL, got {brief(value)}")
+    if len(os.fsencode(value)) > 4000 or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
+        raise ConfigError(f"{where}{name} must be at most 4000 bytes long, 255 between two slashes, got {brief(value)}")
 
 
 def every(period: str) -> tuple[int | None, float | None]:
@@ -35,12 +61,9 @@ def every(period: str) -> tuple[int | None, float | None]:
         return int(epochs[1]), None
     if not re.fullmatch(r"\d{1,9}(\.\d+)?[smh]", period.strip(), re.ASCII) or float(period.strip()[:-1]) == 0:
         raise ConfigError(
-            f"checkpoint_every must be epochs such as 5e, or a time such as 90s, 25m or 1.5h, got {period!r}"
+            f"checkpoint_every must be epochs such as 5e, or a time such as 90s, 25m or 1.5h, got {brief(period)}"
         )
     return None, seconds(period)
-
-
-LISTS = ("ints", "floats", "strs")
 
 
 def convert(name: str, value: Any, where: str = "") -> Any:
@@ -72,7 +95,7 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
         ConfigError: as `convert`.
     """
     row = SETTINGS[name]
-    wrong = ConfigError(f"{where}{name} must be {describe(row)}, got {value!r}")
+    wrong = ConfigError(f"{where}{name} must be {describe(row)}, got {brief(value)}")
     if kind == "bool":
         if not isinstance(value, bool):
             raise wrong
@@ -86,6 +109,7 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
             value = str(value)  # seconds or epochs, which YAML reads as a number
         if not isinstance(value, str):
             raise wrong
+        check_text(name, value, where)
         if row["choices"] is None:
             return value
         if value.lower() not in row["choices"]:
@@ -94,7 +118,7 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
             raise ConfigError(f"{where}{name} must be one of {', '.join(row['choices'])}, got {value!r}{hint}")
         return value.lower()
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text, a trap worth its own words
-        if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        if re.fullmatch(NUMBER, value) and "e" in value.lower():
             proper = re.sub(r"[eE]\+?", "e+", value, count=1).replace("e+-", "e-")
             proper = proper if "." in proper else proper.replace("e", ".0e")
             raise ConfigError(
@@ -103,12 +127,10 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
         raise wrong
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong
-    if abs(value) > 1e300 or value != value or (kind == "int" and value != int(value)):  # no inf, no nan
-        raise (
-            ConfigError(f"{where}{name} must be {describe(row)} of usual size, got {str(value)[:20]}")
-            if abs(value) > 1e300
-            else wrong
-        )
+    if abs(value) > USUAL or 0 < abs(value) < 1 / USUAL:
+        raise ConfigError(f"{where}{name} must be {describe(row)} of usual size, got {brief(value)}")
+    if value != value or (kind == "int" and value != int(value)):
+        raise wrong
     if row["scheduled"] and row["scheduled"].whole and value != int(value):
         raise ConfigError(f"{where}{name} must be whole numbers, got {value:g}")
     if not within(value, row["interval"]):
@@ -169,10 +191,8 @@ def parse_text(name: str, value: Any) -> Any:
     """
     if isinstance(value, list):
         return [parse_text(name, item) for item in value]
-    if isinstance(value, str) and SETTINGS[name]["kind"] not in ("str", "strs", "bool"):
+    if isinstance(value, str) and SETTINGS[name]["kind"] not in ("str", "strs", "bool") and re.fullmatch(NUMBER, value):
         for number in (int, float):
-            try:
+            with suppress(ValueError):  # a fraction; a whole number of more than 4,300 digits
                 return number(value)
-            except ValueError:
-                pass
     return value

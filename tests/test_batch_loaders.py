@@ -14,6 +14,7 @@ from augment.pixels import denormalise
 from images.datasets import load_data
 from images.loaders import TrainLoader, train_loader
 from images.order import DrawSampler
+from images.sources import CroppedImages
 from images.store_place import with_store
 from presets import BatchPreset, batch_mix, train_preset
 from settings.resolve import resolve
@@ -83,6 +84,17 @@ def test_images_on_the_device_are_cropped_there_to_a_grey_level(tree):
         assert torch.equal(targets, expected_targets)
         grey = (denormalise(images).int() - denormalise(expected).int()).abs()
         assert grey.max() <= 1 and images.is_contiguous()
+
+
+def test_workers_send_crops_as_they_come(tree):
+    """Channels last: taking crops apart into planes costs a worker more than it saves."""
+    config = resolve(["--data-path", str(tree), "--train-crop-size", "16"])
+    for images in (load_data(config, CPU).train, with_store(config, load_data(config, CPU), CPU).train):
+        pixels, targets, choices = CroppedImages(images, BatchPreset(image_size=16), 0).__getitems__(
+            [(0, 3, 0), (0, 5, 0)]
+        )
+        assert pixels.is_contiguous(memory_format=torch.channels_last) and pixels.shape == (2, 3, 16, 16)
+        assert targets.tolist() == [0, 0] and choices.shape == (2, BatchPreset.CHOICES)
 
 
 def test_files_and_stores_are_cropped_alike_by_workers(tree):

@@ -97,6 +97,16 @@ def test_a_batch_is_the_same_however_it_lies_in_memory():
     assert torch.equal(augment_at_once(turned, groups, 9.0), augment_at_once(images, groups, 9.0))
 
 
+def test_a_batch_too_large_for_the_device_s_memory_is_augmented_in_parts(monkeypatch):
+    images, groups = varied(24), torch.arange(14).view(7, 2) * 2
+    whole, sizes, part = augment_at_once(images, groups, 9.0), [], at_once.augment_part
+    monkeypatch.setattr(at_once, "CHUNK", 3 * 24 * 24)
+    monkeypatch.setattr(
+        at_once, "augment_part", lambda images, *rest: (sizes.append(len(images)), part(images, *rest))[1]
+    )
+    assert torch.equal(augment_at_once(images, groups, 9.0), whole) and sizes == [3, 3, 1]
+
+
 def test_an_operation_without_a_form_for_batches_is_noticed():
     with pytest.raises(NotImplementedError, match="Solarise has no form"):
         at_once.recipe("Solarise", 1.0, 8)

@@ -144,6 +144,23 @@ WRONG_YAML = [
     ("epochs: 1" + 400 * "0", "epochs must be a whole number of usual size"),
     ("epochs: 10000000000", "epochs must be in [1, 1000000000]"),
     ("a: " + 3000 * "[", "is not plain YAML"),
+    ("amp: !!bool foo", "is not plain YAML: a value does not fit its tag"),
+    ('epochs: !!int ""', "is not plain YAML: a value does not fit its tag"),
+    ("epochs: !!timestamp x", "is not plain YAML: a value does not fit its tag"),
+    ("opt: !!set [a]", "is not plain YAML: a value does not fit its tag"),
+    ("epochs: 010", "epochs must be a whole number, got '010'"),
+    ("epochs: 0x10", "epochs must be a whole number, got '0x10'"),
+    ("epochs: 1_0", "epochs must be a whole number, got '1_0'"),
+    ("lr: 1:30", "lr must be a number, got '1:30'"),
+    ("lr: 1:30.5", "lr must be a number, got '1:30.5'"),
+    ("time_budget: 1:30", "time_budget must be a time such as 90s, 25m or 1.5h, got '1:30'"),
+    ("epochs: ٣", "epochs must be a whole number, got '٣'"),
+    ("lr: 5.0e-324", "lr must be a number of usual size, got 5e-324"),
+    ('output_dir: "a\\0b"', "output_dir must be UTF-8 text without NUL"),
+    (f"output_dir: a/{256 * 'x'}/b", "output_dir must be at most 4000 bytes long, 255 between two slashes"),
+    ("lr: &a [*a, *a]", "lr must be a number, got [[[...], [...]], [[...], [...]]]"),
+    ("a: &a [1, 1]\nlr: [*a, *a]\n" + 90 * "x" + ": 1", "unknown setting a"),
+    (90 * "x" + ": 1", "unknown setting 'xxxxx"),
 ]
 
 
@@ -192,6 +209,20 @@ WRONG_FLAGS = [
     ("--time-budget soon", "time_budget must be a time such as 90s, 25m or 1.5h, got 'soon'"),
     ("--weights IMAGENET1K_V9", "is neither a file nor weights of resnet18"),
     ("--seed -1", "seed must be in [0, 4294967295], got -1"),
+    ("--epochs 0x10", "epochs must be a whole number, got '0x10'"),
+    ("--epochs 010", "epochs must be a whole number, got '010'"),
+    ("--epochs 1_0", "epochs must be a whole number, got '1_0'"),
+    ("--epochs ٣", "epochs must be a whole number, got '٣'"),
+    ("--time-budget ٣s", "time_budget must be a time such as"),
+    ("--lr inf", "lr must be a number, got 'inf'"),
+    ("--mixup-alpha 5e-324", "mixup_alpha must be a number or a list of numbers of usual size, got 5e-324"),
+    ("--cutmix-alpha 0.001", "cutmix_alpha must be 0 or at least 0.01, got 0.001"),
+    ("--time-budget 0.000001", "time_budget must be a time such as"),
+    ("--time-budget 1e9h", "time_budget must be a time such as"),
+    ("--data-path a\0b", "data_path must be UTF-8 text without NUL, got 'a\\x00b'"),
+    ("--data-path a\udcffb", "data_path must be UTF-8 text without NUL, got 'a\\udcffb'"),
+    (f"--data-path {300 * 'x'}/y", "data_path must be at most 4000 bytes long, 255 between two slashes"),
+    ("--dataset digits --on-bad-image skip", "on_bad_image skip has no effect with dataset digits"),
 ]  # fmt: skip
 
 
@@ -209,7 +240,7 @@ LATE = [  # found when the run starts, still before data is read
     ("--stochastic-depth-prob 0.2", "has no effect: ResNet has no stochastic depth"),
     ("--model vit_b_16 --train-crop-size 128", "cannot take images of 128 px"),
     ("--world-size 4", "4, but 1 process(es) were started"),
-    ("--weights README.md", "is not a file of weights"),
+    ("--weights README.md --dataset digits", "is not a file of weights"),
     ("--data-path nowhere", "no folder nowhere/train"),
     ("--data-path nowhere --dataset imagenette", "holds no imagenette2; --download fetches it"),
     ("--output-dir README.md", "is a file; give a folder"),
@@ -239,6 +270,22 @@ def test_epochs_follow_from_stage_epochs_unless_given():
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("25m", 1500), ("1.5h", 5400), ("30", 30)])
 def test_durations(text, expected):
     assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["5", "+5", "5.", "5.0", "5e0", ".5e1", "500E-2", "0.5e+1"])
+def test_numbers_that_people_write(text):
+    assert resolve(["--lr", text]).lr == 5
+
+
+def test_a_warm_up_without_end_is_doubted_not_refused(capsys, tmp_path):
+    assert resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "4"])) == []
+    (told,) = resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "5"]))
+    assert told == "lr_warmup_epochs 5 with epochs 5: warm-up never ends, and lr_scheduler steplr does nothing"
+
+
+def test_an_error_is_one_line_that_shows_every_character():
+    assert str(ConfigError("no a\nb\x1b[0m\udcff.jpg\u2028")) == r"no a\nb\x1b[0m\xff.jpg\u2028"
+    assert str(ConfigError("no Zoë/猫.jpg, 'a' or \\n")) == "no Zoë/猫.jpg, 'a' or \\n"
 
 
 def test_help_names_every_setting_once():

@@ -1,15 +1,20 @@
 """Images of every mode, folders of them, and the data set that needs no download."""
 
+import errno
+import json
 import os
+import socket
+import time
 
 import numpy as np
 import pytest
 import torch
 from loading import CPU
 from PIL import Image
-from runs import make_tree
+from runs import make_tree, start
 
-from images import datasets
+import train
+from images import datasets, listing, verify
 from images.datasets import Digits, ImageTree, load_data
 from settings.errors import ConfigError
 from settings.resolve import resolve
@@ -19,6 +24,12 @@ def folder_with(tmp_path, image, name="x.png"):
     (tmp_path / "a").mkdir(exist_ok=True)
     image.save(tmp_path / "a" / name)
     return ImageTree(str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def own_hub(tmp_path, monkeypatch):
+    """What was found out about images is kept in a folder of the test."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
 
 # ---- images of every mode ----
@@ -97,6 +108,225 @@ def test_a_folder_without_class_folders_is_named(tmp_path):
         ImageTree(str(tmp_path))
 
 
+# ---- what is no image, and odd names ----
+
+
+def dangling(path):
+    path.symlink_to("nowhere")
+
+
+def circle(path):
+    path.symlink_to(path)
+
+
+def socket_at(path):
+    with socket.socket(socket.AF_UNIX) as one:
+        here = os.open(path.parent, os.O_RDONLY)  # a socket's path may have 107 bytes
+        one.bind(f"/proc/self/fd/{here}/{path.name}")
+        os.close(here)
+
+
+NO_FILES = [
+    (dangling, "it is a link to nothing"), (circle, "Too many levels of symbolic links"), (os.mkfifo, "it is a FIFO, not a file"),
+    (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a file"), (socket_at, "it is a socket, not a file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "fault"), NO_FILES, ids=[fault for _, fault in NO_FILES])
+def test_what_is_no_file_is_named_or_left_out(tree, make, fault):
+    path = tree / "train" / "ant" / "x.jpg"
+    make(path)
+    with pytest.raises(ConfigError) as caught:
+        ImageTree(str(tree / "train"))
+    assert str(caught.value) == f"{path} cannot be read as an image: {fault}; mend or remove it"
+    images = ImageTree(str(tree / "train"), skip=True)
+    assert len(images) == 24 and images.skipped == [(str(path), fault)]
+
+
+def test_a_fifo_that_comes_later_is_not_waited_for(tree):
+    images = ImageTree(str(tree / "train"))
+    os.remove(images.samples[3][0])
+    os.mkfifo(images.samples[3][0])
+    with pytest.raises(ConfigError, match=r"cannot be read as an image: it is a FIFO, not a file"):
+        images[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "told"),
+    [
+        ("loop", "..", "ant/loop is a link to a folder that it lies in; remove it"),
+        ("more", "nowhere", "ant/more cannot be read: it is a link to nothing"),
+        ("../wasp", "nowhere", "train/wasp cannot be read: it is a link to nothing"),
+        ("../wasp.d", "wasp.d", "train/wasp.d cannot be read: Too many levels of symbolic links"),
+    ],
+)
+def test_folders_that_lead_nowhere_are_named(tree, name, target, told):
+    (tree / "train" / "ant" / name).symlink_to(target)
+    with pytest.raises(ConfigError, match=told):
+        ImageTree(str(tree / "train"), skip=True)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tree, monkeypatch):
+    """It was left out in silence. Who runs the tests may be allowed to read everything."""
+    (tree / "train" / "ant" / "deep").mkdir()
+    scandir = os.scandir
+
+    def forbidden(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(ConfigError, match=r"folder .*ant/deep cannot be read: Permission denied; make it readable"):
+        ImageTree(str(tree / "train"))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[1m", b"caf\xe9"])
+def test_a_class_needs_a_name_that_can_be_shown(tree, name):
+    os.mkdir(os.path.join(os.fsencode(tree / "train"), os.fsencode(name)))
+    with pytest.raises(ConfigError, match=r"train/(a\\nb|a\\x1b\[1m|caf\\xe9): a class needs a name that can be shown"):
+        ImageTree(str(tree / "train"))
+
+
+def test_files_may_have_any_name(tree):
+    names = [b"caf\xe9.png", b"two\nlines.png", b" .png", b"-rf.png", 251 * b"x" + b".png", "猫.PNG".encode()]
+    for name in names:
+        os.rename(
+            tree / "train" / "ant" / f"{names.index(name)}.png", os.fsencode(tree / "train" / "ant") + b"/" + name
+        )
+    images = ImageTree(str(tree / "train"))
+    assert {images.samples.name(i) for i in range(12)} >= {b"ant/" + name for name in names}
+    assert all(images[i][0].size == (40, 32) for i in range(24))
+    for name, shown in ((names[0], r"ant/caf\xe9.png"), (names[1], r"ant/two\nlines.png")):
+        with open(os.fsencode(tree / "train" / "ant") + b"/" + name, "wb"):
+            pass
+        index = next(i for i in range(24) if images.samples.name(i) == b"ant/" + name)
+        with pytest.raises(ConfigError) as caught:
+            images[index]
+        assert str(caught.value).startswith(f"{tree}/train/{shown} cannot be read as an image: ")
+    assert len(ImageTree(str(tree / "train"), skip=True)) == 22
+
+
+def test_a_class_name_of_markup_or_of_255_bytes_trains_and_reports(tmp_path, capsys):
+    """With an image whose name is no UTF-8, kept in a store."""
+    markup = "<script>alert('1')<&script>{{ 1 }}%s" + '"'
+    tree = make_tree(tmp_path / "images", splits=(("train", 4), ("val", 2)), classes=(markup, 255 * "x"))
+    os.rename(tree / "val" / markup / "0.png", os.fsencode(tree / "val" / markup) + b"/\xff\n.png")
+    assert start(tree, tmp_path / "run", "--epochs", "1") == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_images"]["count"] == 0
+
+
+def test_postscript_by_the_name_of_a_jpeg_is_not_run(tree):
+    """PIL would hand it to Ghostscript."""
+    path = tree / "train" / "ant" / "0.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(hello) print\n%%EOF\n")
+    with pytest.raises(ConfigError, match=r"0\.png cannot be read as an image: it is PostScript"):
+        ImageTree(str(tree / "train"))[0]
+
+
+# ---- on_bad_image ----
+
+
+@pytest.fixture
+def dirty(tree):
+    """A tree with three training images and a validation image that cannot be read."""
+    whole = (tree / "train" / "ant" / "5.png").read_bytes()
+    (tree / "train" / "ant" / "5.png").write_bytes(whole[: len(whole) // 2])
+    (tree / "train" / "bee" / "0.png").write_bytes(b"")
+    (tree / "val" / "bee" / "1.png").write_bytes(b"<html>404</html>")
+    os.mkfifo(tree / "train" / "bee" / "pipe.jpg")
+    return tree
+
+
+LEFT_OUT = {"train/ant/5.png", "train/bee/0.png", "train/bee/pipe.jpg", "val/bee/1.png"}
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_runs_leave_out_the_same_images_with_and_without_a_store(dirty, tmp_path, capsys, monkeypatch, cache):
+    flags = ["--on-bad-image", "skip", "--decode-cache", cache, "--epochs", "2"]
+    assert start(dirty, tmp_path / "run", *flags) == 0
+    told = capsys.readouterr().out
+    assert "22 training and 9 validation images of 2 classes; 4 left out that cannot be read, first " in told
+    skipped = json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_images"]
+    assert skipped["count"] == 4 and skipped["train"].keys() | skipped["val"].keys() == {
+        f"{dirty}/{n}" for n in LEFT_OUT
+    }
+    assert skipped["train"][f"{dirty}/train/bee/pipe.jpg"] == "it is a FIFO, not a file"
+    monkeypatch.setattr(verify, "inspect", lambda *args: pytest.fail("looked at again"))
+    assert start(dirty, tmp_path / "run", *flags, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_an_error_names_the_image_with_and_without_a_store(dirty, tmp_path, capsys, cache):
+    (dirty / "train" / "bee" / "pipe.jpg").unlink()
+    (dirty / "train" / "bee" / "0.png").unlink()
+    (dirty / "val" / "bee" / "1.png").unlink()
+    assert start(dirty, tmp_path / "run", "--epochs", "1", "--decode-cache", cache) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {dirty}/train/ant/5.png cannot be read as an image: ")
+    assert (
+        start(
+            dirty, tmp_path / "run", "--epochs", "1", "--decode-cache", cache, "--on-bad-image", "skip", "--overwrite"
+        )
+        == 0
+    )
+
+
+def test_an_image_that_is_mended_is_looked_at_again(dirty):
+    root = str(dirty / "train")
+    assert len(ImageTree(root, skip=True)) == 22
+    Image.new("RGB", (4, 4)).save(dirty / "train" / "bee" / "0.png")
+    assert len(ImageTree(root, skip=True)) == 23
+
+
+def test_a_class_whose_images_are_all_bad_is_an_error(dirty):
+    for path in (dirty / "train" / "bee").iterdir():
+        path.unlink()
+        path.write_bytes(b"no")
+    with pytest.raises(
+        ConfigError, match=r"train: no image of class bee can be read; of those left out the first is /.*: "
+    ):
+        ImageTree(str(dirty / "train"), skip=True)
+
+
+def test_a_list_of_images_decides_what_is_looked_at(dirty, tmp_path):
+    listed = tmp_path / "listed.txt"
+    listed.write_text("ant/1.png\nant/2.png\n")  # none of class bee, as one may wish
+    assert len(ImageTree(str(dirty / "train"), only=str(listed))) == 2
+    listed.write_text("ant/1.png\nant/5.png\nbee/pipe.jpg\nbee/1.png\n")
+    with pytest.raises(ConfigError, match=r"bee/pipe\.jpg cannot be read as an image: it is a FIFO"):
+        ImageTree(str(dirty / "train"), only=str(listed))
+    images = ImageTree(str(dirty / "train"), only=str(listed), skip=True)
+    assert len(images) == 2 and {os.path.basename(path) for path, _ in images.skipped} == {"5.png", "pipe.jpg"}
+    listed.write_text("ant/1.png\nbee/pipe.jpg\n")
+    with pytest.raises(ConfigError, match="no image of class bee can be read"):
+        ImageTree(str(dirty / "train"), only=str(listed), skip=True)
+
+
+def test_one_folder_for_training_and_validation_is_a_warning(tree, tmp_path, capsys):
+    load_data(resolve(["--data-path", str(tree)]), CPU)
+    assert capsys.readouterr().out == ""
+    load_data(resolve(["--data-path", str(tree), "--train-split", "val"]), CPU)
+    told = capsys.readouterr().out
+    assert told.startswith("warning: 10 of 10 validation images are training images too, ") and told.count("\n") == 1
+    for name, lines in (("a", "ant/0.png\nbee/0.png\n"), ("b", "ant/1.png\nbee/1.png\n")):
+        (tmp_path / name).write_text(lines)
+    lists = ["--train-list", str(tmp_path / "a"), "--val-list", str(tmp_path / "b")]
+    load_data(resolve(["--data-path", str(tree), "--train-split", "val", *lists]), CPU)
+    assert capsys.readouterr().out == ""  # one folder, two lists: none is in both
+
+
+def test_missing_images_are_told_before_weights_are_fetched(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "read_weights", lambda *args: pytest.fail("fetched"))
+    flags = ["--data-path", str(tmp_path), "--weights", "DEFAULT", "--output-dir", str(tmp_path / "run")]
+    assert train.run([*flags, "--model", "resnet18", "--clearml", "off"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: no folder {tmp_path}/train; ")
+    assert train.run([*flags, "--dataset", "imagewoof", "--clearml", "off"]) == 2
+    assert "holds no imagewoof2; --download fetches it" in capsys.readouterr().err
+
+
 def test_a_missing_folder_is_named_with_what_leads_to_it(tmp_path):
     make_tree(tmp_path, splits=(("train", 1),))
     config = resolve(["--data-path", str(tmp_path)])
@@ -145,28 +375,26 @@ def test_an_image_file_that_claims_to_be_huge_is_named(tmp_path):
 
 
 @pytest.fixture
-def kept(tree, tmp_path, monkeypatch):
-    """The training folder of a tree with its list kept, its class folders last changed an hour ago."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+def kept(tree, monkeypatch):
+    """The training folder of a tree with its list kept, its folders last changed an hour ago."""
     root = tree / "train"
-    for folder in root.iterdir():
-        before = folder.stat().st_mtime - 3600
-        os.utime(folder, (before, before))
+    in_an_hour = time.time_ns() + 3600 * 10**9
+    monkeypatch.setattr(listing.time, "time_ns", lambda: in_an_hour)
     return root, ImageTree(str(root), keep_list=True)
 
 
 def forbid_listing(monkeypatch):
-    def listing(*args, **kwargs):
+    def scan(*args):
         raise AssertionError("listed anew")
 
-    monkeypatch.setattr(datasets, "make_dataset", listing)
+    monkeypatch.setattr(datasets, "scan", scan)
 
 
 def test_the_kept_list_is_read_the_next_time(kept, monkeypatch):
     root, first = kept
     forbid_listing(monkeypatch)
     second = ImageTree(str(root), keep_list=True)
-    assert second.samples == first.samples and second.classes == first.classes and len(second) == 24
+    assert list(second.samples) == list(first.samples) and second.classes == first.classes and len(second) == 24
     with pytest.raises(AssertionError, match="listed anew"):
         ImageTree(str(root))  # unless it is not asked for
 
@@ -183,18 +411,44 @@ def test_the_list_is_made_anew_after_a_change(kept, change):
         (root / "cat").mkdir()
         Image.new("RGB", (4, 4)).save(root / "cat" / "new.png")
     else:
-        with open(datasets.list_path(str(root)), "w") as file:
+        with open(listing.list_path(str(root)), "w") as file:
             file.write('{"folders": ["ant"')
     again = ImageTree(str(root), keep_list=True)
     assert len(again) == expected
-    assert (again.samples == first.samples) == (change == "list damaged")
-    assert ImageTree(str(root), keep_list=True).samples == again.samples
+    assert (list(again.samples) == list(first.samples)) == (change == "list damaged")
+    assert ImageTree(str(root), keep_list=True).samples[-1] == again.samples[-1]
+
+
+def test_a_new_file_in_a_linked_class_folder_is_seen(tree, tmp_path, monkeypatch, kept):
+    (tree / "train" / "bee").rename(tmp_path / "bees")
+    (tree / "train" / "bee").symlink_to(tmp_path / "bees")
+    assert len(ImageTree(str(tree / "train"), keep_list=True)) == 24
+    Image.new("RGB", (4, 4)).save(tmp_path / "bees" / "new.png")
+    assert len(ImageTree(str(tree / "train"), keep_list=True)) == 25
+    forbid_listing(monkeypatch)
+    assert len(ImageTree(str(tree / "train"), keep_list=True)) == 25
+
+
+def test_a_file_added_while_the_folder_is_listed_is_seen_the_next_time(tree, monkeypatch):
+    """Also if the disk's clock gives both changes of the folder the same time: so near to one, nothing is kept."""
+    walk = listing.walk
+
+    def slow(root, name, *rest):
+        yield from walk(root, name, *rest)
+        Image.new("RGB", (4, 4)).save(os.path.join(root, name, "late.png"))
+        os.utime(os.path.join(root, name), ns=(1, 1))
+
+    monkeypatch.setattr(listing, "walk", slow)
+    assert len(ImageTree(str(tree / "train"), keep_list=True)) == 24
+    monkeypatch.setattr(listing, "walk", walk)
+    assert len(ImageTree(str(tree / "train"), keep_list=True)) == 26
+    assert not os.path.exists(listing.list_path(str(tree / "train")))
 
 
 def test_two_folders_keep_two_lists(kept, tree):
     other = ImageTree(str(tree / "val"), keep_list=True)
     assert len(other) == 10 and len(ImageTree(str(tree / "train"), keep_list=True)) == 24
-    assert len(os.listdir(os.path.dirname(datasets.list_path(str(tree))))) == 2
+    assert len(os.listdir(os.path.dirname(listing.list_path(str(tree))))) == 2
 
 
 # ---- digits ----

@@ -107,3 +107,19 @@ def test_where_a_gpu_augments_it_also_resizes_for_evaluation(stored, device, fla
     with closing_loader(eval_loader(config, Data(train=stored, val=stored), runtime, 24)) as loader:
         assert isinstance(loader, EvalOnDevice) is expected
         assert len(loader) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_resizes_as_the_cpu_does_and_is_not_waited_for(stored):
+    how = dict(resize_size=40, crop_size=36, batch_size=5)
+    runtime = Runtime(device=torch.device("cuda"))
+    expected, classes = on_device(stored, **how)
+    list(EvalOnDevice(stored, runtime, **how))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ((ours, targets),) = EvalOnDevice(stored, runtime, **how)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    off = (denormalise(ours.cpu()).int() - denormalise(expected).int()).abs()
+    assert off.max() <= 1 and off.float().mean() < 0.1 and targets.tolist() == classes

@@ -296,6 +296,15 @@ def test_weights_that_nearly_fit_are_refused_too(change):
         build_model(SMALL, 3, state)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_unless_they_stay_out(number):
+    state = build_model(SMALL, 3)[0].state_dict()
+    state["fc.weight"][1, 2] = number
+    with pytest.raises(ConfigError, match=r"1 tensors hold NaN or infinity, first fc\.weight; they are of no use"):
+        build_model(SMALL, 3, state)
+    build_model(SMALL, 4, state)  # a head of another class count is not loaded
+
+
 @pytest.mark.parametrize("content", [b"", b"not weights at all", b"\x80\x02N."], ids=["empty", "text", "pickle"])
 def test_a_stray_file_is_no_file_of_weights(tmp_path, content):
     path = tmp_path / "weights.pth"
@@ -312,7 +321,19 @@ def test_a_pickled_python_object_is_refused_unread(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [{}, [1, 2], torch.zeros(3), {"weight": 1}, {"model": {}}, {"model": {"lr": 0.1}}], ids=str
+    "content",
+    [
+        {},
+        [1, 2],
+        torch.zeros(3),
+        {"weight": 1},
+        {"model": {}},
+        {"model": {"lr": 0.1}},
+        {1: torch.zeros(1)},
+        {"weight": torch.zeros(1, dtype=torch.complex64)},
+        {"weight": torch.zeros(2, 2).to_sparse()},
+    ],
+    ids=str,
 )
 def test_a_safe_file_without_a_state_dict_is_refused(tmp_path, content):
     with pytest.raises(ConfigError, match="holds no state dict"):

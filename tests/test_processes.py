@@ -87,3 +87,21 @@ def test_two_processes_stopped_inside_an_epoch_go_on_to_the_same_bits(tmp_path, 
     assert codes == [0, 0], done[0].stderr + done[1].stderr
     for part in ("model", "model_ema", "optimizer", "ema_updates"):
         assert_same_bits(checkpoint(tmp_path / "cut")[part], checkpoint(tmp_path / "whole")[part])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is set up for Linux here")
+def test_two_processes_leave_out_the_same_images_or_name_the_one_that_is_bad(tmp_path):
+    tree = make_tree(tmp_path / "images")
+    (tree / "train" / "bee" / "3.png").write_bytes(b"")
+    flags = [*SMALL, "--data-path", tree, "--epochs", "1", "--output-dir"]
+    env = {"TORCH_HOME": str(tmp_path / "home")}
+    done = ranks(2, tmp_path, *flags, tmp_path / "skip", "--on-bad-image", "skip", env=env)
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "23 training and 10 validation images of 2 classes; 1 left out" in done[0].stdout
+    (record,) = metrics(tmp_path / "skip")
+    assert record["images_per_second"] * record["epoch_seconds"] == pytest.approx(22)  # the odd one is left for later
+    done = ranks(2, tmp_path, *flags, tmp_path / "error", env=env)
+    assert [process.returncode for process in done] == [2, 2]
+    for rank, process in enumerate(done):
+        (line,) = [line for line in process.stderr.splitlines() if "rror" in line]  # torch warns of what it deprecates
+        assert line.startswith(("error: ", "[rank 1] error: ")[rank]) and "bee/3.png cannot be read as an image" in line

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from learning import cost
+from learning.cost import gflops_per_image
+from learning.models import build_on_meta
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from stages import make_plan, plan_stages, released_image_size, stage_value
@@ -134,6 +137,22 @@ def test_plan_needs_neither_data_nor_gpu_and_tells_its_cost(capsys, monkeypatch,
     assert run(["--config", config, "--plan"]) == 0
     assert "185" in capsys.readouterr().out
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_thousand_sizes_cost_what_each_of_them_costs(monkeypatch):
+    """Few of them are counted; a model whose layers are no halves of the image is counted whole."""
+    counted = []
+    count = cost.count
+    monkeypatch.setattr(cost, "count", lambda model, size: counted.append(size) or count(model, size))
+    flags = "--stages 1000 --epochs 1000 --train-crop-size 128 1127 --mixup-alpha 0 0.2".split()
+    many = make_plan(resolve(["--model", "efficientnet_v2_tiny", *flags]))
+    assert [stage.image_size for stage in many.stages] == list(range(128, 1128)) and len(counted) == 30
+    alone = gflops_per_image(build_on_meta("efficientnet_v2_tiny"), [159, 160, 161, 1001])
+    assert [many.gflops_per_image[size - 128] for size in (159, 160, 161, 1001)] == pytest.approx(alone, rel=1e-9)
+    assert [stage.mixup_alpha for stage in many.stages[:49]] == [0.0] * 49  # up to 48 / 999 * 0.2 = 0.0096
+    assert many.stages[50].mixup_alpha == pytest.approx(0.01001, abs=1e-5)
+    counted.clear()
+    assert len(gflops_per_image(build_on_meta("alexnet"), range(100, 200))) == len(counted) == 100
 
 
 def test_released_rule_costs_what_the_facts_say():

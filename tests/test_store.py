@@ -14,11 +14,12 @@ from PIL import Image, ImageFilter
 from programs import SMALL
 from runs import assert_same_bits, checkpoint, make_tree
 
-from images import store, store_place
+from images import store, store_build, store_place
 from images.datasets import Data, Digits, ImageTree, load_data
-from images.store import StoredImages, checksum, stored_size
+from images.store import StoredImages, checksum
+from images.store_build import stored_size
 from images.store_place import available_memory, store_side, with_store
-from settings.errors import ConfigError
+from settings.errors import ConfigError, RunError
 from settings.resolve import resolve
 from train import run
 from utils import Runtime
@@ -143,14 +144,14 @@ def test_many_images_are_decoded_by_processes_that_end(tmp_path, monkeypatch, wo
 
 def test_a_store_is_built_once(tree, monkeypatch):
     first = stored(tree).train
-    monkeypatch.setattr(store, "decode", lambda *args: pytest.fail("decoded again"))
+    monkeypatch.setattr(store_build, "decode", lambda *args: pytest.fail("decoded again"))
     again = stored(tree).train
     assert again.path == first.path and torch.equal(again.pixels(5), first.pixels(5))
 
 
 @pytest.mark.parametrize("change", ["content", "time", "added", "removed", "side"])
 def test_a_store_is_made_anew_when_what_it_was_made_from_changed(tree, change):
-    before = stored(tree).train
+    before = stored(tree).train.path
     path, flags = tree / "train" / "ant" / "3.png", []
     if change == "content":
         Image.new("RGB", (40, 32), (1, 2, 3)).save(path)
@@ -164,7 +165,7 @@ def test_a_store_is_made_anew_when_what_it_was_made_from_changed(tree, change):
         flags = ["--train-crop-size", "10"]
     kept = stored(tree, *flags)
     after = kept.train
-    assert after.path != before.path
+    assert after.path != before
     assert len(after) == {"added": 25, "removed": 23}.get(change, 24)
     plain = load_data(config(tree), CPU)
     if change != "side":
@@ -179,7 +180,7 @@ def test_a_store_is_made_anew_when_what_it_was_made_from_changed(tree, change):
 def test_moved_data_keep_their_store(tree, tmp_path, monkeypatch):
     stored(tree)
     tree.rename(tmp_path / "moved")
-    monkeypatch.setattr(store, "decode", lambda *args: pytest.fail("decoded again"))
+    monkeypatch.setattr(store_build, "decode", lambda *args: pytest.fail("decoded again"))
     assert len(stored(tmp_path / "moved").train) == 24
 
 
@@ -207,6 +208,47 @@ def blank(path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def swap_index_rows(path):
+    """Every number of the index is still there, each image a neighbour's."""
+    content = bytearray(path.read_bytes())
+    content[-64:] = content[-32:] + content[-64:-32]
+    path.write_bytes(content)
+
+
+def swap_images(path):
+    """As by a writer that has mixed up two images: the index fits itself."""
+    content, header = path.read_bytes(), json.loads(path.read_bytes()[: store.HEADER])
+    at = store.HEADER + header["bytes"]
+    index = np.frombuffer(content[at:], store.INDEX)[[1, 0, *range(2, header["images"])]]
+    header["index"] = checksum(index)
+    header["header"] = store.header_checksum(header)
+    path.write_bytes(json.dumps(header).ljust(store.HEADER).encode() + content[store.HEADER : at] + index.tobytes())
+
+
+def wrong_types(path):
+    content = path.read_bytes()
+    header = json.loads(content[: store.HEADER]) | {"bytes": "many", "images": [24]}
+    path.write_bytes(json.dumps(header).ljust(store.HEADER).encode() + content[store.HEADER :])
+
+
+def other_size(path):
+    """A header that fits the length of the file, and not what is in it."""
+    content = path.read_bytes()
+    header = json.loads(content[: store.HEADER])
+    header |= {"bytes": header["bytes"] - 32, "images": header["images"] + 1}
+    path.write_bytes(json.dumps(header).ljust(store.HEADER).encode() + content[store.HEADER :])
+
+
+def deep(path):
+    path.write_bytes(b"[" * 4096 + path.read_bytes()[4096:])
+
+
+def other_images(path):
+    """The store of another folder by this one's name."""
+    (other,) = path.parent.glob("val-*.images")
+    path.write_bytes(other.read_bytes())
+
+
 def other_format(path):
     content = path.read_bytes()
     header = json.loads(content[: store.HEADER]) | {"format": 99}
@@ -214,24 +256,33 @@ def other_format(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_pixels, damage_index, cut, blank, other_format, lambda p: p.write_bytes(b"")]
-)
-def test_a_damaged_store_is_noticed_and_built_anew(tree, damage):
+    ("damage", "told"),
+    [
+        (damage_pixels, "its pixels are damaged"), (damage_index, "its index is damaged"), (cut, "it has lost its end"),
+        (blank, "its header is damaged"), (other_format, "it has another format"), (swap_index_rows, "its index is damaged"),
+        (swap_images, "its pixels are damaged"), (wrong_types, "its header is damaged"), (other_size, "its header is damaged"),
+        (deep, "its header is damaged"), (other_images, "it is of other images"),
+        (lambda path: path.write_bytes(b""), "its header is damaged"),
+    ],
+)  # fmt: skip
+def test_a_damaged_store_is_noticed_and_built_anew(tree, capsys, damage, told):
     images = stored(tree).train
     whole = images.flat.clone()
     path = tree / ".decode_cache" / os.path.basename(images.path)
     damage(path)
+    capsys.readouterr()
     again = stored(tree).train
+    assert capsys.readouterr().out.startswith(f"decode cache {path} is made anew: {told}\n")
     assert again.path == images.path and sorted(again.index["offset"]) == sorted(images.index["offset"])
     assert torch.equal(again.pixels(7), torch.from_numpy(np.array(again.source[7][0])))
     assert again.flat.numel() == whole.numel() and not again.damaged()
 
 
-def test_checksum_by_hand():
-    assert checksum(np.array([1, 2, 3], np.uint8)) == 6
-    assert checksum(np.array([1, 0, 0, 0, 0, 0, 0, 0, 5], np.uint8)) == 6
-    assert checksum(np.array([0, 1, 0, 0, 0, 0, 0, 0, 5], np.uint8)) == 261
-    assert checksum(np.full(16, 255, np.uint8)) == 2**64 - 2  # twice 2**64 - 1, modulo 2**64
+def test_checksum_is_xxh3():
+    """Against the vector that its author publishes for nothing at all; it knows the order of bytes, and whose they are."""
+    assert checksum(np.zeros(0, np.uint8)) == 0x2D06800538D394C2
+    one, swapped = np.array([1, 2, 3], np.uint8), np.array([2, 1, 3], np.uint8)
+    assert len({checksum(one), checksum(swapped), checksum(one, 1)}) == 3
 
 
 def test_a_damaged_image_is_named_and_nothing_is_left(tmp_path):
@@ -262,14 +313,14 @@ class FullDisk:
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    write_all, left = store.write_all, [20_000]
+    write_all, left = store_build.write_all, [20_000]
 
     def limited(file, content):
         disk = FullDisk(file, left[0])
         write_all(disk, content)
         left[0] = disk.room
 
-    monkeypatch.setattr(store, "write_all", limited)
+    monkeypatch.setattr(store_build, "write_all", limited)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tree, tmp_path, full_disk):
@@ -288,7 +339,7 @@ def test_auto_goes_on_without_a_store_when_the_disk_fills_up(tree, full_disk, ca
 
 def test_too_little_room_is_seen_before_decoding(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(store_place, "free_disk", lambda folder: 50_000)  # 24 images of 3,840 bytes and more
-    monkeypatch.setattr(store, "decode", lambda *args: pytest.fail("decoded"))
+    monkeypatch.setattr(store_build, "decode", lambda *args: pytest.fail("decoded"))
     with pytest.raises(ConfigError, match=r"has 0\.0 MiB free, the images need about 0\.1 MiB"):
         stored(tree, "--decode-cache", tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -313,7 +364,7 @@ def test_the_estimate_is_close(varied):
     images = load_data(config(varied), CPU).train
     header = stored(varied).train.header
     exact = store.HEADER + header["bytes"] + 32 * header["images"]
-    assert exact <= store.estimate(images, 32) <= 1.1 * exact + 200 * len(images)
+    assert exact <= store_build.estimate(images, 32) <= 1.1 * exact + 200 * len(images)
 
 
 def test_off_and_digits_are_left_as_they_are(tree):
@@ -368,13 +419,82 @@ def test_a_folder_that_cannot_be_made_is_one_line(tree, tmp_path):
 
 def test_leftovers_of_a_killed_run_are_removed(tree):
     images = stored(tree).train
-    leftover, fresh = (tree / ".decode_cache" / f"train-32-0123456789abcdef.images.{end}" for end in ("dead", "live"))
-    leftover.write_bytes(b"half")
-    os.utime(leftover, (1, 1))
-    fresh.write_bytes(b"half")  # of a run on another machine, perhaps
+    left, building = (
+        tree / ".decode_cache" / f"train-32-0123456789abcdef.images.{end}" for end in ("deadbeef", "0ff1ce00")
+    )
+    left.write_bytes(b"half")
+    with open(building, "wb") as file:
+        store.hold(file)
+        assert stored(tree).train.path == images.path  # at any start, not only when one is built
+        assert not left.exists() and building.exists()
+    stored(tree)
+    assert not building.exists()
+
+
+def test_where_files_cannot_be_locked_leftovers_stay_an_hour(tree, monkeypatch):
+    monkeypatch.setattr(store, "fcntl", None)
+    stored(tree)
+    old, new = (tree / ".decode_cache" / f"train-32-0123456789abcdef.images.{end}" for end in ("deadbeef", "0ff1ce00"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    stored(tree)
+    assert not old.exists() and new.exists()  # of a run on another machine, perhaps
+
+
+# ---- a store in use ----
+
+
+def test_an_outdated_store_that_a_run_uses_stays(tree):
+    used = stored(tree).train
     os.utime(tree / "train" / "ant" / "0.png", (1, 1))
-    assert stored(tree).train.path != images.path
-    assert not leftover.exists() and fresh.exists()
+    assert stored(tree).train.path != used.path and os.path.exists(used.path)
+    del used
+    os.utime(tree / "train" / "ant" / "0.png", (2, 2))
+    stored(tree)
+    assert len(files(tree / ".decode_cache")) == 2  # of training and of validation images
+
+
+def test_stores_of_an_older_version_are_removed(tree):
+    path = Path(stored(tree).train.path)
+    old = path.with_name("train-32-0123456789abcdef.images")
+    header = json.dumps({"format": 1, "root": json.loads(path.read_bytes()[: store.HEADER])["root"], "bytes": 0})
+    old.write_bytes(header.ljust(store.HEADER).encode())
+    os.utime(tree / "train" / "ant" / "0.png", (1, 1))
+    assert stored(tree).train.path != path and not old.exists() and not path.exists()
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_run_goes_on_when_its_store_is_gone(tree, change):
+    """In its process and in forked workers, which share the map; and in others, which open the file by its handle."""
+    images = stored(tree).train
+    expected = [images.pixels(i).clone() for i in range(3)]
+    os.remove(images.path)
+    if change == "replaced":  # by another order of the same images, as many cores make it
+        Path(images.path).write_bytes(os.urandom(store.HEADER + images.header["bytes"]))
+    for one in (images, pickle.loads(pickle.dumps(images))):
+        assert all(torch.equal(one.pixels(i), pixels) for i, pixels in enumerate(expected))
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_where_handles_have_no_names_a_store_that_is_gone_is_one_line(tree, monkeypatch, change):
+    images = stored(tree).train
+    monkeypatch.setattr(os.path, "exists", lambda path: not str(path).startswith("/proc"))
+    other = pickle.loads(pickle.dumps(images))
+    os.rename(images.path, images.path + ".before")  # keeps its number from being given to the new one
+    if change == "replaced":
+        Path(images.path).write_bytes(bytes(10_000_000))
+    with pytest.raises(RunError, match="was removed while it was used; --resume auto makes it anew"):
+        other.pixels(0)
+
+
+def test_a_store_cut_short_while_it_is_used_is_one_line(tree):
+    """The system would end the process that reads what is no longer there."""
+    images = stored(tree).train
+    os.truncate(images.path, store.HEADER + images.header["bytes"] - 1)
+    with pytest.raises(RunError, match=r"train-32-.* was cut short while it was used; --resume auto makes it anew"):
+        images.pixels(0)
+    assert stored(tree).train.pixels(0).shape == (32, 40, 3)
 
 
 # ---- runs ----

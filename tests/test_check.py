@@ -1,0 +1,76 @@
+"""A look at a data set before a long run."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import make_tree
+
+from images import check
+
+
+@pytest.fixture
+def clean(tmp_path):
+    return make_tree(tmp_path / "images", splits=(("train", 3), ("val", 2)))
+
+
+def test_a_sound_data_set_is_told_so(clean, capsys):
+    assert check.main([str(clean)]) == 0
+    assert capsys.readouterr().out == "train 6 in 2 classes, val 4 in 2 classes: nothing found\n"
+    assert check.main([str(clean / "train")]) == 0  # the class folders alone
+    assert capsys.readouterr().out == "train 6 in 2 classes: nothing found\n"
+
+
+def test_everything_is_found_and_counted(clean, capsys, monkeypatch):
+    monkeypatch.setattr(check, "HUGE", 70 * 60 - 1)
+    draw = np.random.default_rng(1)
+    train, val = clean / "train", clean / "val"
+    (train / "ant" / "0.png").write_bytes(b"no image")
+    os.mkfifo(train / "ant" / "pipe.jpg")
+    Image.fromarray(draw.integers(0, 256, (60, 70, 3), dtype=np.uint8)).save(train / "ant" / "huge.png")
+    Image.fromarray(draw.integers(0, 256, (40, 31, 3), dtype=np.uint8)).save(val / "bee" / "tiny.png")
+    shutil.copy(train / "ant" / "1.png", train / "bee" / "same.png")
+    shutil.copy(train / "bee" / "2.png", val / "bee" / "two\nlines.png")
+    (train / "cat").mkdir()
+    Image.fromarray(draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(train / "cat" / "only.png")
+    assert check.main([str(clean)]) == 1
+    assert (
+        capsys.readouterr().out
+        == f"""\
+train: cannot be read: 2
+  {train}/ant/pipe.jpg: it is a FIFO, not a file
+  {train}/ant/0.png: it is no image of a known format
+train: huge, above 4,199 px: 1
+  {train}/ant/huge.png: 70x60
+train: classes of a single image, or none that can be read: 1
+  cat
+train: one image in two classes: 1
+  {train}/ant/1.png = {train}/bee/same.png
+val: tiny, a side below 32 px: 1
+  {val}/bee/tiny.png: 31x40
+classes that only one of train and val has: 1
+  cat
+equal files in train and val: 1
+  {train}/bee/2.png = {val}/bee/two\\nlines.png
+train 9 in 3 classes, val 6 in 2 classes: 8 findings
+"""
+    )
+
+
+def test_long_lists_are_cut_unless_asked_for(tmp_path, capsys):
+    tree = make_tree(tmp_path / "images", splits=(("train", 12),), size=(8, 8))
+    assert check.main([str(tree)]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "train: tiny, a side below 32 px: 24" and told[-2] == "  and 4 more (--all lists them)"
+    assert check.main([str(tree), "--all"]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 26
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("")])
+def test_what_is_no_data_set_is_one_line(tmp_path, capsys, make):
+    make(tmp_path / "data")
+    assert check.main([str(tmp_path / "data")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1

@@ -1,0 +1,374 @@
+"""What can go wrong around a run: signals in every phase, disks, workers, files that rot, two runs in one folder."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from programs import SMALL, popen
+from runs import assert_same_bits, checkpoint, make_tree, metrics, start
+
+import images.workers
+import reporting.log
+import train
+from learning.checkpoint import write_safely
+from learning.learner import Learner
+from reporting.folder import RunFolder
+from settings.errors import ConfigError
+from settings.values import every
+from train import run
+
+TWO = ["--stages", "2", "--epochs", "4", "--train-crop-size", "32", "48"]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("faults") / "images")
+
+
+@pytest.fixture(scope="module")
+def whole(tree):
+    """A run of four epochs in two stages."""
+    assert start(tree, tree.parent / "whole", *TWO) == 0
+    return tree.parent / "whole"
+
+
+def told(capsys):
+    """What stderr has, in one line."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("stopping after")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def at_call(monkeypatch, owner, name, do, number=1):
+    """Have `do` called before the call of that number of a function; return what it returns, if it is not None."""
+    calls, original = [0], getattr(owner, name)
+
+    def called(*args, **kwargs):
+        calls[0] += 1
+        found = do() if calls[0] == number else None
+        return original(*args, **kwargs) if found is None else found
+
+    monkeypatch.setattr(owner, name, called)
+
+
+# ---- signals ----
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "phase", ["make_plan", "find_checkpoint", "load_data", "rehearse", "with_store", "sample_grid"]
+)
+def test_a_signal_before_training_ends_a_new_run_in_a_line_and_leaves_nothing(
+    tree, tmp_path, monkeypatch, capsys, phase
+):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    at_call(monkeypatch, train, phase, interrupt)
+    assert start(tree, tmp_path / "run", *TWO) == 1
+    assert told(capsys) == "stopped: signal SIGTERM; nothing was saved"
+    assert not (tmp_path / "run").exists() and list(tree.rglob("*.images.*")) == []
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "status"),
+    [
+        (train, "evaluate", 1, 3),  # of the first epoch: its weights are saved, the evaluation is made again
+        (train, "evaluate_outcome", 1, 3),
+        (reporting.log, "summarise", 1, 3),
+        (reporting.log, "report_page", 1, 3),
+    ],
+)
+def test_a_signal_after_training_began_is_resumed_to_the_same_bits(
+    tree, whole, tmp_path, monkeypatch, capsys, owner, name, number, status
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_call(patch, owner, name, interrupt, number)
+        assert start(tree, out, *TWO) == status
+    told_out, told_err = capsys.readouterr()
+    assert (told_out + told_err).count("stopped: signal SIGTERM") == 1 and "--resume auto" in told_out + told_err
+    if name == "evaluate":
+        state = checkpoint(out)["state"]
+        assert (state["epoch"], state["step"]) == (0, 3) and metrics(out) == []
+    else:
+        with monkeypatch.context() as patch:  # a resumed run is cut off before it trains
+            at_call(patch, train, "rehearse", interrupt)
+            assert run(["--output-dir", str(out), "--resume", "auto"]) == 3
+        assert "what was saved before stays, `--resume auto" in told(capsys)
+    assert run(["--output-dir", str(out), "--resume", "auto"]) == 0
+    for part in ("model", "optimizer"):
+        assert_same_bits(checkpoint(out)[part], checkpoint(whole)[part])
+    for mine, other in zip(metrics(out), metrics(whole), strict=True):
+        assert (mine["lr"], mine["loss"], mine["top1"]) == (other["lr"], other["loss"], other["top1"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at in /proc")
+def test_a_signal_in_the_midst_of_what_takes_long_ends_the_program():
+    code = (
+        "import signal, sys, threading\nfrom learning.stop import Stop\nfrom small_models import CPU\n"
+        "Stop.GRACE = 0.1\nlock = threading.Lock()\nlock.acquire()\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
+        "with Stop(CPU, patient=False):\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: None)\n"  # as if it never came to Python
+        "    print('begun', flush=True)\n    lock.acquire()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{os.getcwd()}:{os.path.dirname(__file__)}"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate()[1]
+    assert process.returncode == 1 and errors.strip() == "ended: SIGTERM, in the midst of what takes long"
+
+
+# ---- two runs ----
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_lock_of_the_dead_does_not_block(tree, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [*SMALL, "--data-path", str(tree), "--output-dir", str(out), "--epochs", "100000", "--workers", "1"]
+    first = popen(*flags)
+    first.wait_for_epochs(out, 1)
+    workers = [int(pid) for pid in Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()]
+    for again in (["--resume", "auto"], ["--overwrite"], []):
+        assert start(tree, out, *again) == 2
+        line = told(capsys)
+        assert f"another run uses it (process {first.pid} on " in line or (not again and "already holds a run" in line)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)  # which outlives the run, and has what it had open
+    first.kill()
+    first.wait()
+    assert start(tree, out, "--epochs", "1", "--overwrite") == 0
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+
+
+# ---- disks ----
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; free some space there"),
+        (errno.EROFS, "Read-only file system; make it writable again"),
+        (errno.EIO, "Input/output error; its disk fails: mend it"),
+    ],
+)
+def test_a_disk_that_fails_is_one_line_with_the_file_and_what_helps(tree, tmp_path, monkeypatch, capsys, number, words):
+    def fail(content, file):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        at_call(patch, torch, "save", lambda: fail(None, None), 3)  # best and checkpoint of the first epoch are whole
+        assert start(tree, tmp_path / "run", *TWO) == 1
+    line = told(capsys)
+    assert line.startswith(f"error: {tmp_path / 'run'}/") and f".pth: {words}, then --resume auto continues" in line
+    assert checkpoint(tmp_path / "run")["state"]["epoch"] == 1
+    assert run(["--output-dir", str(tmp_path / "run"), "--resume", "auto"]) == 0
+
+
+def test_a_full_disk_in_earnest_and_a_folder_that_is_gone(tmp_path):
+    with open("/dev/full", "wb") if os.path.exists("/dev/full") else pytest.skip("needs /dev/full"):
+        (tmp_path / "checkpoint.pth.tmp").symlink_to("/dev/full")
+    with pytest.raises(RuntimeError, match=r"checkpoint\.pth: No space left on device; free some space"):
+        write_safely(str(tmp_path / "checkpoint.pth"), {"w": torch.zeros(10**6)})
+    folder = RunFolder(str(tmp_path / "gone" / "run"))
+    for write in (lambda: folder.add_metrics({}), lambda: write_safely(folder.checkpoint, {})):
+        with pytest.raises(
+            RuntimeError, match=r"gone/run/.*: No such file or directory; the folder is gone: bring it back"
+        ):
+            write()
+
+
+def test_an_error_of_the_program_is_a_line_and_a_traceback_in_a_file(tree, tmp_path, monkeypatch, capsys):
+    at_call(monkeypatch, Learner, "checkpoint", lambda: {}["nothing"])
+    assert start(tree, tmp_path / "run", "--epochs", "1") == 1
+    assert told(capsys) == f"error: KeyError: 'nothing'; its traceback is in {tmp_path}/run/error.txt"
+    assert "Traceback" in (tmp_path / "run" / "error.txt").read_text()
+    at_call(monkeypatch, Learner, "checkpoint", lambda: {}["nothing"])
+    assert start(tree, tmp_path / "run", "--epochs", "1", "--overwrite", "--debug") == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "error.txt").exists()
+
+
+def test_a_report_that_cannot_be_drawn_costs_no_epoch(tree, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reporting.log, "REPORT_EVERY", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(reporting.log, "report_page", lambda folder: {}["a class name"])
+        assert start(tree, tmp_path / "run", *TWO) == 0
+    said = capsys.readouterr().out
+    assert said.count("report.html is not drawn: KeyError: 'a class name'") == 5  # after each epoch, and at the end
+    assert_same_bits(checkpoint(tmp_path / "run")["model"], checkpoint(whole)["model"])
+
+
+# ---- workers ----
+
+
+def send_to_workers(number):
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, number)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, "was killed; where no one did that, memory has run out: lower --workers"),
+        (signal.SIGBUS, "was ended by the system: /dev/shm is too small"),
+        (signal.SIGSTOP, "the workers have brought no images for 1 s; process "),
+    ],
+)
+def test_workers_that_are_gone_or_halted_end_the_run_saved(tree, whole, tmp_path, monkeypatch, capsys, number, words):
+    monkeypatch.setattr(images.workers, "LOOK_EVERY", 0.5)
+    monkeypatch.setattr(images.workers, "PATIENCE", 1.0)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", lambda: send_to_workers(number), 2 + 4)  # two rehearsed; the first of epoch 2
+        assert start(tree, out, *TWO, "--workers", "1") == 1
+    assert words in told(capsys)
+    assert multiprocessing.active_children() == []
+    state = checkpoint(out)["state"]
+    assert state["epoch"] == 1  # with what was trained of it
+    assert run(["--output-dir", str(out), "--resume", "auto"]) == 0
+    assert_same_bits(checkpoint(out)["model"], checkpoint(whole)["model"])
+
+
+def test_a_store_that_is_cut_short_is_named(tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images.workers, "LOOK_EVERY", 0.5)
+    kept = tmp_path / "kept"
+
+    def cut():
+        for path in kept.glob("*.images"):
+            os.truncate(path, 4096)
+
+    at_call(monkeypatch, train, "make_plan", lambda: None)
+    at_call(monkeypatch, Learner, "step", cut, 2)  # the first is rehearsed
+    flags = ["--epochs", "3", "--workers", "1", "--decode-cache", kept]
+    assert start(tree, tmp_path / "run", *flags) == 1
+    line = told(capsys)
+    assert "was ended by the system: " in line and str(kept) in line and "cut short" in line
+    assert run(["--output-dir", str(tmp_path / "run"), "--resume", "auto"]) == 0
+
+
+# ---- files that rot, or are lost ----
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def cut_off(tree, tmp_path, monkeypatch):
+    """A run that was stopped in its third epoch of four, the second of which was the best so far."""
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", interrupt, 2 + 8)
+        assert start(tree, tmp_path / "run", *TWO) == 3
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: path.unlink()], ids=["flipped", "gone"])
+def test_best_weights_that_are_lost_are_noticed_at_resume_and_looked_for_anew(cut_off, capsys, damage):
+    damage(cut_off / "model_best.pth")
+    capsys.readouterr()
+    assert run(["--output-dir", str(cut_off), "--resume", "auto"]) == 0
+    assert (
+        "model_best.pth is missing, damaged or of another epoch; the best is looked for anew" in capsys.readouterr().out
+    )
+    summary = json.loads((cut_off / "summary.json").read_text())
+    assert summary["best_epoch"] in (2, 3) and summary["best_top1"] == metrics(cut_off)[summary["best_epoch"]]["top1"]
+    RunFolder(str(cut_off)).best_weights()
+    assert RunFolder(str(cut_off)).confusion("best")[0] == summary["best_epoch"]
+
+
+def test_best_weights_that_are_lost_after_the_last_epoch_are_the_last(tree, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_call(patch, train, "evaluate_outcome", interrupt)
+        assert start(tree, out, *TWO) == 3
+    flip(out / "model_best.pth")
+    assert run(["--output-dir", str(out), "--resume", "auto"]) == 0
+    assert "built anew from the weights of epoch 4" in capsys.readouterr().out
+    assert_same_bits(dict(RunFolder(str(out)).best_weights()), checkpoint(out)["model"])
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["best_epoch"], summary["best_top1"]) == (3, metrics(out)[3]["top1"])
+
+
+@pytest.mark.parametrize("step", ["checkpoint", "best"])
+def test_a_death_between_checkpoint_and_best_weights_leaves_both_of_one_epoch(tree, tmp_path, monkeypatch, step):
+    """Each is put in place in turn; the program dies before one of them, in the first epoch and in the last."""
+    out, real = tmp_path / "run", os.replace
+    for number in (1, 2):
+
+        def die(source, target, wanted={"checkpoint": "checkpoint.pth", "best": "model_best.pth"}[step]):
+            if os.path.basename(target) == wanted:
+                raise MemoryError
+            return real(source, target)
+
+        with monkeypatch.context() as patch:
+            at_call(
+                patch, Learner, "checkpoint", lambda patch=patch, die=die: patch.setattr(os, "replace", die), number
+            )
+            assert start(tree, out, *TWO, "--overwrite") == 1
+        assert run(["--output-dir", str(out), "--resume", "auto", "--time-budget", "0.001s"]) == 3
+        found = checkpoint(out)
+        if found["state"]["best_epoch"] == found["state"]["epoch"] - 1 and found["state"]["step"] == 0:
+            assert_same_bits(dict(RunFolder(str(out)).best_weights()), found["model"])
+    assert run(["--output-dir", str(out), "--resume", "auto"]) == 0
+
+
+@pytest.mark.parametrize("lost", ["", "nonsense\n[1]\n{}\n", '{"epoch": 0}\n{"epoch": 1, "sta'])
+def test_metrics_that_are_lost_cost_a_run_its_speeds_alone(cut_off, whole, capsys, lost):
+    (cut_off / "metrics.jsonl").write_text(lost)
+    capsys.readouterr()
+    assert run(["--output-dir", str(cut_off), "--resume", "auto"]) == 0
+    assert "metrics.jsonl has lost 2 epochs" in capsys.readouterr().out
+    assert [record["epoch"] for record in metrics(cut_off)] == [2, 3]
+    ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (cut_off, whole))
+    assert ours["top1"] == theirs["top1"] and ours["stages"][0]["images_per_second"] == 0
+
+
+# ---- what is loaded, what is saved ----
+
+
+def test_evaluation_of_a_checkpoint_takes_its_weights_alone(whole, tree, tmp_path, capsys):
+    flags = ["--test-only", "--resume", whole / "checkpoint.pth", "--opt", "rmsprop", "--norm-weight-decay", "0"]
+    capsys.readouterr()
+    assert start(tree, tmp_path / "none", *flags) == 0
+    assert f"top1 {metrics(whole)[-1]['top1']:.3f}" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("period", "saved"), [("1e", [1, 2, 3, 4]), ("3", [2, 4]), ("1000h", [2, 4]), ("0.0001s", [1, 2, 3, 4])]
+)
+def test_checkpoints_come_as_asked_and_at_the_end_of_each_stage(tree, tmp_path, monkeypatch, period, saved):
+    found, make = [], Learner.checkpoint
+    monkeypatch.setattr(
+        Learner, "checkpoint", lambda self, state, *rest: found.append(state.epoch) or make(self, state, *rest)
+    )
+    assert start(tree, tmp_path / "run", *TWO, "--checkpoint-every", period) == 0
+    assert found == saved and checkpoint(tmp_path / "run")["state"]["epoch"] == 4
+    best = json.loads((tmp_path / "run" / "summary.json").read_text())["best_epoch"]
+    assert RunFolder(str(tmp_path / "run")).confusion("best")[0] == best
+
+
+@pytest.mark.parametrize("period", ["0", "0s", "-1", "1.5", "5m3", "e", "1:30", "٣", ""])
+def test_a_period_that_is_none_is_refused(period):
+    with pytest.raises(ConfigError, match="checkpoint_every must be epochs such as 5e, or a time such as 90s"):
+        every(period)
+    assert every(" 5 ") == every("5e") == (5, None) and every("1.5h") == (None, 5400)
+
+
+def test_whole_numbers_of_images_and_pixels(tree, tmp_path, capsys):
+    for flag in ("--batch-size", "--train-crop-size"):
+        assert start(tree, tmp_path / "run", flag, "32.7") == 2
+        assert told(capsys) == f"error: {flag[2:].replace('-', '_')} must be whole numbers, got 32.7"
