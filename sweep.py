@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from filelock import FileLock, Timeout
@@ -40,10 +41,14 @@ def main(options: argparse.Namespace, flags: Sequence[str]) -> int:
     study = read_study(options.study, folder, flags)
     results = Results(study, options.results)
     with Screen(study) as screen:
+        if options.plan:
+            try:
+                screen.plan(count_images(study, fetch=False), results.rows)
+            except ConfigError as error:
+                screen.plan(None, results.rows, str(error))
+            return 0
         images = count_images(study)
         screen.plan(images, results.rows)
-        if options.plan:
-            return 0
         with alone(folder):
             launcher = Queue(options.queue, study.runs) if options.on == "clearml" else Local(options.parallel)
             status = Runner(study, results, launcher, images, deadline, screen.update, options.keep_checkpoints).run()
@@ -51,8 +56,10 @@ def main(options: argparse.Namespace, flags: Sequence[str]) -> int:
     return status
 
 
-def count_images(study: Study) -> dict[str, int]:
-    """Count the training images of each condition; the data of each is found and looked through on the way.
+def count_images(study: Study, fetch: bool = True) -> dict[str, int]:
+    """Count the training images of each condition; all data are found and looked through on the way.
+
+    fetch: download what the settings say may be downloaded, here and once
 
     Raises:
         ConfigError: naming the condition whose data are not there.
@@ -60,21 +67,18 @@ def count_images(study: Study) -> dict[str, int]:
     counts: dict[tuple, int] = {}
     found = {}
     for run in study.runs:
-        config = run.config
-        key = (
-            config.dataset,
-            config.data_path,
-            config.train_split,
-            config.val_split,
-            config.train_list,
-            config.val_list,
-        )
-        if key not in counts:
-            try:
-                counts[key] = len(load_data(config, Runtime(device=torch.device("cpu"))).train)
-            except ConfigError as error:
-                raise ConfigError(f"condition {run.condition}: {error}") from error
-        found[run.condition] = counts[key]
+        config = run.config if fetch else replace(run.config, download=False)
+        wanted = [config]
+        if run.held_out is not None:
+            wanted.append(replace(config, val_split=run.held_out, val_list=None))
+        for one in wanted:
+            key = (one.dataset, one.data_path, one.train_split, one.val_split, one.train_list, one.val_list)
+            if key not in counts:
+                try:
+                    counts[key] = len(load_data(one, Runtime(device=torch.device("cpu"))).train)
+                except ConfigError as error:
+                    raise ConfigError(f"condition {run.condition}: {error}") from error
+            found[run.condition] = counts[key]
     return found
 
 

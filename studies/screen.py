@@ -54,37 +54,39 @@ class Screen:
         if self.live is not None:
             self.live.stop()
 
-    def plan(self, images: Mapping[str, int], rows: Sequence[Row]) -> None:
+    def plan(self, images: Mapping[str, int] | None, rows: Sequence[Row], unknown: str = "") -> None:
         """Print what will be run: for each condition its epochs, images and arithmetic against the control's.
 
-        images: training images of each condition's data
+        images: training images of each condition's data; None, if they could not be counted
         rows: of finished runs, whose times tell how long the others will take
+        unknown: why images are None
         """
-        runs = {
-            condition: [run for run in self.study.runs if run.condition == condition]
-            for condition in self.study.conditions
-        }
-        basis = runs[self.study.control][0].gflops * images[self.study.control]
+        study = self.study
+        each = images or dict.fromkeys(study.conditions, 1)
+        work = {(run.condition, run.seed): run.gflops * each[run.condition] for run in study.runs}
+        basis = next(work[run.condition, run.seed] for run in study.runs if run.condition == study.control)
         lines = []
-        for condition, several in runs.items():
+        for condition in study.conditions:
+            several = [run for run in study.runs if run.condition == condition]
             run = several[0]
-            seen = run.config.epochs * images[condition]
             sizes = "-".join(dict.fromkeys(str(stage.image_size) for stage in run.plan.stages))
-            cost = run.gflops * images[condition] / basis
-            lines.append([condition, len(several), sizes, run.config.epochs, f"{seen:,}", f"{cost:.3f}"])
-        heads = ["condition", "runs", "sizes, px", "epochs", "images", f"cost / {self.study.control}"]
-        self.console.print(self.study.title)
+            seen = f"{run.config.epochs * each[condition]:,}" if images else ""
+            cost = work[condition, run.seed] / basis
+            lines.append([condition, len(several), sizes, run.config.epochs, seen, f"{cost:.3f}"])
+        heads = ["condition", "runs", "sizes, px", "epochs", "images", f"cost / {study.control}"]
+        self.console.print(study.title)
         self.console.print(plain_table(heads, lines))
-        work = {(run.condition, run.seed): run.gflops * images[run.condition] for run in self.study.runs}
         done = {(row["condition"], row["seed"]): row["train_seconds"] for row in rows}
         finished = [key for key in work if key in done]
         text = f"{len(work)} runs, {len(finished)} of them finished; "
-        text += f"cost {sum(work.values()) / basis:.2f} of one {self.study.control} run"
+        text += f"cost {sum(work.values()) / basis:.2f} of one {study.control} run"
         if 0 < len(finished) < len(work):
             trained = sum(work[key] for key in finished)
             left = (sum(work.values()) - trained) * sum(done[key] for key in finished) / trained
             text += f"; as fast as those, the others train {duration(left)}, one after another"
         self.console.print(text)
+        if images is None:
+            self.console.print(f"images not counted, costs are as if all conditions had as many: {unknown}")
 
     def update(self, runner: Runner) -> None:
         """Show how far the runs are."""

@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from settings.resolve import resolve
 from settings.sources import UniqueKeys, read_command_line, reject_unknown
 from settings.table import LAUNCH, PLACE, SETTINGS, Config, show
 from settings.values import nearest
-from stages import Plan, make_plan
+from stages import Plan, Stage, make_plan, plan_stages
 
 KEYS = ("title", "base", "settings", "conditions", "grid", "seeds", "metric", "control")
 OWN = ("config", "plan", "seed", "output_dir", "resume", "overwrite", "test_only", "time_budget")  # the sweep's own
@@ -266,7 +266,7 @@ def make_run(
     try:
         config = resolve(flags)
         check_model(config)
-        plan = next((run.plan for (name, _), run in others.items() if name == condition), None) or make_plan(config)
+        plan = plan_like(config, others.values())
     except ConfigError as error:
         raise ConfigError(f"{where}{error}") from error
     if source is not None:
@@ -276,6 +276,24 @@ def make_run(
             )
         flags += ["--weights", os.path.join(source.folder, BEST)]
     return Run(condition, seed, config.output_dir, tuple(flags), config, plan, source, held_out)
+
+
+def plan_like(config: Config, others: Iterable[Run]) -> Plan:
+    """Plan the stages of a run; what they cost, a second's work to count, is taken from a run with the same sizes.
+
+    Raises:
+        ConfigError: as `stages.make_plan`.
+    """
+
+    def key(config: Config, stages: Sequence[Stage]) -> tuple:
+        rates = (config.dropout is None, config.stochastic_depth_prob is None)  # which a model may lack the layers for
+        return config.model, rates, [stage.image_size for stage in stages]
+
+    stages = plan_stages(config)
+    for run in others:
+        if key(run.config, run.plan.stages) == key(config, stages):
+            return Plan(stages, run.plan.gflops_per_image)
+    return make_plan(config)
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:

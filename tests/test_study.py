@@ -1,10 +1,12 @@
 """Study files: what they may say, and the runs they come to."""
 
-from pathlib import Path
+import re
+from collections import Counter
 
 import pytest
 from programs import ROOT
 
+import sweep
 from settings.errors import ConfigError
 from studies.study import read_study, slug
 
@@ -137,9 +139,69 @@ def test_names_that_differ_in_odd_characters_get_folders_that_differ():
     assert len({slug("a/b"), slug("a:b"), slug("a b"), slug("é"), slug("è")}) == 5
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_study_of_the_repository_resolves(file, monkeypatch):
+# ---- the studies of this repository ----
+
+STUDIES = {  # conditions, seeds; the original study's limits and the controls it lacked
+    "reproduce": (["progressive", "released rule", "size only", "fixed", "fixed, same time"], 5),
+    "epochs": (["4 x 20", "4 x 40", "4 x 60", "4 x 87"], 3),
+    "dropout": (["0.1 → 0.3", "0.1 → 0.5", "0.1 → 0.7", "0.2 → 0.3", "0.2 → 0.5", "0.2 → 0.7", "constant 0.2", "none"], 3),
+    "image_size": (["128 → 300", "128 → 200", "200 → 300", "128 → 400", "200 → 400", "300 → 400", "300 throughout"], 3),
+    "ra_magnitude": (9, 3),
+    "transfer": (28, 3),
+    "reproduce_small": (["progressive", "released rule", "size only", "fixed", "fixed, same time"], 5),
+    "epochs_small": (["4 x 2", "4 x 4", "4 x 6", "4 x 9"], 3),
+    "dropout_small": (["0.1 → 0.3", "0.1 → 0.5", "0.1 → 0.7", "0.2 → 0.3", "0.2 → 0.5", "0.2 → 0.7", "constant 0.2", "none"], 3),
+    "image_size_small": (["64 → 128", "64 → 96", "96 → 128", "64 → 160", "96 → 160", "128 → 160", "128 throughout"], 3),
+    "ra_magnitude_small": (9, 3),
+    "transfer_small": (25, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_of_the_repository_plans_what_it_should(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    study = read_study(str(Path("configs/studies") / file.name), "runs")
-    least = 5 if file.stem.startswith(("reproduce", "schedules")) else 3
-    assert all(len({run.seed for run in study.runs if run.condition == name}) >= least for name in study.conditions)
+    options = sweep.read_options([f"configs/studies/{name}.yaml", "--plan", "--", "--data-path", "nowhere"])
+    assert sweep.main(*options) == 0  # without data
+    conditions, seeds = STUDIES[name]
+    printed = capsys.readouterr().out
+    found = re.findall(rf"^(.*\S) +{seeds}  +[\d-]+ +\d+ +[\d.]+$", printed, re.MULTILINE)
+    assert (found if isinstance(conditions, list) else len(found)) == conditions
+    assert f"\n{len(found) * seeds} runs, 0 of them finished; cost " in printed and "images not counted" in printed
+
+
+def test_no_study_is_left_out_above():
+    assert {file.stem for file in (ROOT / "configs" / "studies").glob("*.yaml")} == set(STUDIES)
+
+
+def test_the_controls_of_reproduce_cost_what_they_should(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = read_study("configs/studies/reproduce.yaml", "runs")
+    first = {run.condition: run for run in study.runs if run.seed == 0}
+    sizes = {name: [stage.image_size for stage in run.plan.stages] for name, run in first.items()}
+    assert sizes["progressive"] == sizes["size only"] == [128, 185, 242, 300]
+    assert sizes["released rule"] == [171, 214, 257, 300] and sizes["fixed"] == [300] * 4
+    assert {stage.ra_magnitude for stage in first["size only"].plan.stages} == {15}
+    assert first["progressive"].gflops / first["fixed"].gflops == pytest.approx(0.558, abs=5e-4)
+    assert first["fixed, same time"].gflops == pytest.approx(first["progressive"].gflops, rel=0.003)
+
+
+def names_in(file):
+    text = (ROOT / "configs" / "splits" / file).read_text()
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def test_no_patient_is_both_trained_on_and_chosen_by():
+    """`person1_bacteria_1.jpeg`, `IM-0115-0001.jpeg`, `NORMAL2-IM-0927-0001.jpeg`: up to the first number is the patient."""
+    patients = [
+        {re.match(r"(?:NORMAL2-)?\D*\d+", name.split("/")[1])[0] for name in names_in(f"pneumonia_{part}.txt")}
+        for part in ("train", "val")
+    ]
+    assert patients[0] and patients[1] and not patients[0] & patients[1]
+    assert len(names_in("pneumonia_train.txt")) == 4478 and len(names_in("pneumonia_val.txt")) == 738
+    assert set(names_in("pneumonia_train_1500.txt")) <= set(names_in("pneumonia_train.txt"))
+    assert len(set(names_in("pneumonia_train_1500.txt"))) == 1500
+
+
+def test_the_subset_of_imagenette_has_as_many_images_of_each_class():
+    names = names_in("imagenette_3000.txt")
+    assert len(set(names)) == 3000 and set(Counter(name.split("/")[0] for name in names).values()) == {300}

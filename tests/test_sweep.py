@@ -13,6 +13,7 @@ from programs import ROOT, Process, environment, finished, sweep_popen, wait_unt
 from runs import make_tree
 
 from settings.errors import ConfigError
+from studies import launch
 from studies.rows import Results, read_rows, write_rows
 from studies.study import read_study
 
@@ -196,6 +197,33 @@ def test_a_source_that_fails_takes_those_that_need_it_along(place):
     assert done.returncode == 1 and "transfer, seed 0: failed, needs the weights of source, seed 0" in done.stdout
 
 
+def test_the_plan_tells_how_long_the_rest_takes_by_the_rows_there_are(place):
+    finished(place(TWO))
+    done = finished(place(TWO.replace("[0, 1, 2]", "[0, 1, 2, 3]"), "--plan"))
+    # six runs of 6 seconds each are finished, two of the same cost are left
+    assert (
+        "8 runs, 6 of them finished; cost 8.00 of one low run; as fast as those, the others train 0:12" in done.stdout
+    )
+
+
+def test_workers_and_threads_are_a_share_of_the_cores_unless_said_otherwise(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(launch, "OwnProcess", lambda run, flags, threads: started.append((flags[-2:], threads)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "study.yaml").write_text("conditions: {a: {model: efficientnet_v2_tiny}}")
+
+    def start(at_once, *flags):
+        launch.Local(at_once).start(read_study(str(tmp_path / "study.yaml"), "r", flags).runs[0])
+        return started.pop()
+
+    assert start(4) == (["--workers", "2"], 2)  # 16 by default
+    assert start(1) == (["--output-dir", "r/a_seed0"], 8)
+    assert start(4, "--workers", "5") == (["--output-dir", "r/a_seed0"], 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert start(4)[1] == 3 and launch.Local(4).machine() == {"threads": 3, "at_once": 4}
+
+
 def test_the_plan_names_runs_and_cost_and_starts_nothing(place):
     text = "settings: {epochs: 4}\nconditions: {short: {epochs: 2}, long: {}}\nseeds: [0, 1]\ncontrol: long\n"
     done = finished(place(text, "--plan"))
@@ -280,19 +308,23 @@ def test_a_damaged_file_of_rows_is_named(tmp_path):
 # ---- whole ----
 
 
-def test_a_whole_sweep_trains_and_its_rows_are_those_of_its_runs(tmp_path):
+def test_a_whole_sweep_trains_and_a_damaged_image_fails_its_run_alone(tmp_path):
     """sweep.py and train.py as a user starts them."""
     make_tree(tmp_path / "images", splits=(("train", 4), ("val", 3)))
-    (tmp_path / "list.txt").write_text("ant/0.png\nant/1.png\nbee/3.png\n")
+    (tmp_path / "images" / "train" / "ant" / "bad.png").write_bytes(b"\x89PNG")
+    (tmp_path / "good.txt").write_text("ant/0.png\nant/1.png\nbee/3.png\n")
+    (tmp_path / "bad.txt").write_text("ant/0.png\nant/bad.png\nbee/3.png\n")
     (tmp_path / "real.yaml").write_text(
-        "settings: {model: mobilenet_v3_small, epochs: 2, lr: 0.01, batch_size: 3}\n"
-        "conditions: {grows: {stages: 2, train_crop_size: [32, 64]}, fixed: {train_crop_size: 64}}\ncontrol: fixed\n"
+        "settings: {model: mobilenet_v3_small, epochs: 2, lr: 0.01, batch_size: 3, train_list: good.txt}\nconditions:\n"
+        "  damaged: {train_list: bad.txt, train_crop_size: 32}\n  grows: {stages: 2, train_crop_size: [32, 64]}\n"
+        "  fixed: {train_crop_size: 64}\ncontrol: fixed\n"
     )
     flags = "--device cpu --workers 0 --val-crop-size 64 --val-resize-size 64 --clearml off".split()
     where = ["--output-dir", "runs", "--results", "results", "--parallel", "2"]
-    command = [tmp_path / "real.yaml", *where, "--", *flags, "--data-path", "images", "--train-list", "list.txt"]
+    command = [tmp_path / "real.yaml", *where, "--", *flags, "--data-path", "images"]
     done = finished(Process(str(ROOT / "sweep.py"), command, environment(), cwd=tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"damaged, seed 0: failed, .*bad.png", done.stdout), done.stdout
     rows = {row["condition"]: row for row in read_rows(str(tmp_path / "results" / "real.csv"))}
     assert set(rows) == {"grows", "fixed"}
     for name, row in rows.items():

@@ -12,7 +12,7 @@ from reporting.folder import METRICS, SUMMARY, RunFolder
 from settings.errors import ConfigError
 from studies.launch import STOPPED, Attempt
 from studies.study import Run
-from tracking.run import requirements
+from tracking.run import requirements, upload_uri
 from tracking.server import ROOT, find_task, load_sdk, why_no_server
 from tracking.settings import project_name, send_settings
 
@@ -54,7 +54,9 @@ class Queue:
         for run in runs:
             sent = RunFolder(run.folder).read_json(QUEUED)
             task = sent and find_task(sent["id"])
-            if task is not None and task.get_status() not in (*ENDED_BADLY, "created"):
+            if task is not None and task.get_status() not in ENDED_BADLY:
+                if task.get_status() == "created":  # that sweep was killed before it could queue it
+                    load_sdk().Task.enqueue(task, queue_name=self.name)
                 found[run] = QueuedRun(run, task)
         return found
 
@@ -69,10 +71,10 @@ class Queue:
     def make(self, run: Run) -> Any:
         """Make a task with the settings of a run, as if train.py had made it."""
         Task = load_sdk().Task
-        study = os.path.basename(os.path.dirname(run.folder))
+        study, name = os.path.normpath(run.folder).split(os.sep)[-2:]
         task = Task.create(
             project_name=project_name(run.config),
-            task_name=f"{study}: {run.name}",
+            task_name=f"{study} {name}",  # part of its files' addresses
             task_type="training",
             packages=[f"{package}=={version}" for package, version in requirements()],
             add_task_init_call=False,
@@ -81,6 +83,7 @@ class Queue:
         task.set_script(
             repository=repository, commit=commit, branch="", diff="", working_dir=".", entry_point="train.py"
         )
+        task.output_uri = upload_uri()  # an agent leaves it as it is
         task.add_tags([study, run.condition])
         send_settings(task, run.config)
         return task
@@ -103,8 +106,15 @@ class QueuedRun:
         if time.monotonic() < self.due:
             return None
         self.due = time.monotonic() + ASK_SECONDS
-        self.task.reload()
+        try:
+            return self.ask()
+        except Exception:  # of many kinds; a server that is away for a while does not end the sweep
+            return None
+
+    def ask(self) -> int | None:
+        """Ask the server how the run is; fetch its files if it is finished."""
         self.status = str(self.task.get_status())
+        self.task.reload()  # after it: what a task holds that has ended is all there
         if self.status in ("completed", "published"):
             folder = RunFolder(self.run.folder)
             for name in (METRICS, SUMMARY):  # the summary last: with it the run is complete

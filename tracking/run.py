@@ -154,7 +154,8 @@ class ClearML(Dashboard):
             session.keep_description()
         report = TaskReport(task, self.folder, no_files)
         report.so_far()
-        task.connect_label_enumeration({name: i for i, name in enumerate(report.classes)})
+        # Not `connect`: on an agent it would read them from the task, and fail where no run has made it
+        task.set_model_label_enumeration({name: i for i, name in enumerate(report.classes)})
         if self.offline_because is None:
             task.register_abort_callback(self.abort, callback_execution_timeout=ABORT_SECONDS)
         return report

@@ -1,0 +1,44 @@
+"""What best weights come to on images that chose nothing."""
+
+import json
+
+import numpy as np
+import pytest
+from runs import make_tree, start
+
+from settings.errors import ConfigError
+from studies.held_out import main, scores
+
+
+def test_scores_of_two_classes_by_hand():
+    sick = np.array([0.1, 0.6, 0.4, 0.9, 0.8])  # probability of the second class
+    found = scores(np.stack([1 - sick, sick], 1), np.array([0, 0, 1, 1, 1]))
+    assert found["held_out_images"] == 5
+    assert found["held_out_top1"] == pytest.approx(60)  # right are the 1st, 4th, 5th
+    assert found["auc"] == pytest.approx(
+        5 / 6
+    )  # of six pairs of sick and well, 0.4 against 0.6 alone is the wrong way round
+    assert found["sensitivity"] == pytest.approx(200 / 3) and found["specificity"] == pytest.approx(50)
+
+
+def test_more_classes_have_accuracy_alone():
+    assert scores(np.eye(3), np.array([0, 1, 1])) == {"held_out_top1": pytest.approx(200 / 3), "held_out_images": 3}
+
+
+def test_best_weights_are_evaluated_on_the_folder_given_and_not_on_what_chose_them(tmp_path):
+    tree = make_tree(tmp_path / "images", splits=(("train", 8), ("val", 2), ("test", 3)))
+    (tmp_path / "list.txt").write_text("ant/0.png\nbee/1.png\n")
+    assert start(tree, tmp_path / "run", "--epochs", "1", "--val-list", tmp_path / "list.txt") == 0
+    assert main([str(tmp_path / "run"), "test"]) == 0
+    found = json.loads((tmp_path / "run" / "held_out.json").read_text())
+    assert found["held_out_images"] == 6 and set(found) == {"held_out_images", "held_out_top1", "auc", "sensitivity", "specificity"}  # fmt: skip
+    assert found["held_out_top1"] == pytest.approx((found["sensitivity"] + found["specificity"]) / 2)  # three of each
+    with pytest.raises(ConfigError, match=r"no folder .*nowhere"):
+        main([str(tmp_path / "run"), "nowhere"])
+
+
+def test_without_a_finished_run_it_is_told_so(tmp_path):
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        main([str(tmp_path), "test"])
+    with pytest.raises(ConfigError, match="usage: python -m"):
+        main([])

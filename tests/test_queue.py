@@ -1,0 +1,81 @@
+"""sweep.py --on clearml, against the double of ClearML's server."""
+
+import csv
+
+import pytest
+from programs import LARGER, Process, environment, finished, nowhere, run_agent, wait_until
+from test_agents import needs_agent, repository  # noqa: F401, a fixture
+
+from settings.errors import ConfigError
+from studies.study import read_study
+from tracking import queue
+
+# As `python sweep.py`, but it asks about its tasks more often than every 15 s
+SWEEP = "import runpy, sys; sys.path.insert(0, '.'); import tracking.queue as q; q.ASK_SECONDS = 0.3; sys.argv = sys.argv[1:]; runpy.run_path('sweep.py', run_name='__main__')"  # fmt: skip
+STUDY = "settings: {epochs: 1}\nconditions: {done: {lr: 0.01}, aborted: {lr: 0.02}}\n"
+FLAGS = [
+    *LARGER, *"--device cpu --workers 0 --batch-size 8 --train-crop-size 32 --val-crop-size 32 --val-resize-size 32".split()
+]  # fmt: skip
+
+
+@needs_agent
+def test_runs_are_sent_once_carried_out_by_agents_and_come_back_as_rows(images, tmp_path, server, repository):  # noqa: F811
+    (tmp_path / "study.yaml").write_text(STUDY)
+    env = server.env(tmp_path / "cache")
+    where = [
+        "--output-dir",
+        tmp_path / "runs",
+        "--results",
+        tmp_path / "results",
+        "--on",
+        "clearml",
+        "--queue",
+        "default",
+    ]
+    command = [SWEEP, "sweep.py", tmp_path / "study.yaml", *where, "--", *FLAGS, "--data-path", images]
+
+    def sweep():
+        return Process("-c", command, environment(env), cwd=repository)
+
+    def queued():
+        return [task for task in server.tasks.values() if task.status == "queued"]
+
+    killed = sweep()
+    wait_until(lambda: len(queued()) == 2 or killed.poll() is not None, "two tasks in the queue")
+    killed.kill()
+    killed.wait()
+    tasks = {task.hyperparams["Hyperparameters"]["lr"]: task for task in queued()}
+    assert set(tasks) == {"0.01", "0.02"}, killed.printed()
+
+    again = sweep()
+    wait_until(
+        lambda: "aborted, seed 0: training" in again.printed()[0] or again.poll() is not None, "its finding them"
+    )
+    server.user_abort(tasks["0.02"].id)
+    agent = run_agent(tasks["0.01"].id, env, tmp_path)
+    assert tasks["0.01"].status == "completed", agent.stdout + agent.stderr
+    done = finished(again)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"aborted, seed 0: failed, task {tasks['0.02'].id} was aborted" in done.stdout
+    assert "done, seed 0: done, top1" in done.stdout
+    with open(tmp_path / "results" / "study.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["condition"], row["seed"], row["lr"], row["images"]) == ("done", "0", "0.01", "24")
+    assert 0 <= float(row["top1"]) <= 100 and float(row["train_seconds"]) > 0
+    assert len(server.tasks) == 2  # found again by the second sweep, not sent twice
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("conditions: {a: {}, b: {weights: {of: a}}}", "b starts from another's weights, which lie on one machine"),
+        ("conditions: {a: {held_out: test}}", "a evaluates held-out images, which lie on one machine"),
+        ("conditions: {a: {}}", "no ClearML server is configured here"),
+    ],
+)
+def test_what_agents_could_not_do_is_told_before_anything_is_sent(text, said, tmp_path, monkeypatch):
+    for name, value in nowhere(tmp_path / "cache").items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "study.yaml").write_text(f"settings: {{model: efficientnet_v2_tiny}}\n{text}")
+    with pytest.raises(ConfigError, match=said):
+        queue.Queue("default", read_study(str(tmp_path / "study.yaml"), "r").runs)
