@@ -7,12 +7,16 @@ python -m Graphs.draw RUN_FOLDER    the report.html of a run again
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from Graphs.marks import filled
 from Graphs.rows import ROOT
 from Graphs.tables import Tables
 from reporting.folder import PLAN, REPORT, RunFolder
 from reporting.page import report_page
+
+if TYPE_CHECKING:
+    from Graphs.figure import Figure
 
 RESULTS, FOLDER = os.path.join(ROOT, "results"), os.path.join(ROOT, "Graphs")
 PAGES = ("README.md", *(os.path.join("docs", f"{name}.md") for name in ("results", "settings", "stages")))
@@ -24,6 +28,16 @@ def with_results(page: str, results: str = RESULTS) -> str:
         text = file.read()
     tables = Tables(results, "../" * page.count(os.sep))
     return filled(text, tables.table, tables.value)
+
+
+def draw_all(figures: "Sequence[Figure]", folder: str) -> None:
+    """Draw figures into a folder, and remove the files of those whose rows are gone."""
+    for figure in figures:
+        figure.write(folder)
+    for file in os.listdir(folder):
+        name, kind = os.path.splitext(file)
+        if kind in (".svg", ".html") and name not in {figure.name for figure in figures}:
+            os.remove(os.path.join(folder, file))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -38,8 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     from Graphs.figures import all_figures
 
     write_library(FOLDER)
-    for figure in all_figures(RESULTS):
-        figure.write(FOLDER)
+    draw_all(all_figures(RESULTS), FOLDER)
     for page in PAGES:
         write_text(os.path.join(ROOT, page), with_results(page))
 

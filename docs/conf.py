@@ -17,7 +17,7 @@ html_static_path = [f"../Graphs/{name}" for name in ("vega.js", "figures.js", "f
 exclude_patterns = ["_build"]
 pygments_style, pygments_dark_style = "default", "monokai"
 
-ELSEWHERE = {"index": "README.md", "benchmarks": "benchmarks/README.md"}  # what a page begins with
+ELSEWHERE = {"index": "README.md", "benchmarks": "benchmarks/README.md"}  # which pages have their text
 
 LINK = re.compile(r"(?<!!)\[((?:[^][]|!\[[^]]*\]\([^)]*\))*)\]\(([^)\s]+)\)")
 PICTURE = re.compile(r"\[!\[[^]]*\]\([^)]*\)\]\((?:\.\./)?Graphs/([\w.-]+)\.html\)")
@@ -28,7 +28,8 @@ def as_page(app, name, source):
     folder = ROOT / "docs"
     if name in ELSEWHERE:
         file = ROOT / ELSEWHERE[name]
-        source[0], folder = file.read_text(encoding="utf-8") + "\n" + source[0], file.parent
+        tree = source[0] if name == "index" else ""
+        source[0], folder = f"{file.read_text(encoding='utf-8')}\n{tree}", file.parent
         app.env.note_dependency(str(file))
     text = PICTURE.sub(lambda found: f"\n{figure(app, found[1])}\n", source[0])
     source[0] = LINK.sub(lambda found: link(found[1], found[2], folder), text)

@@ -143,6 +143,20 @@ def test_a_changed_row_makes_its_figures_old_and_no_others(tmp_path, results):
     assert not figures["epochs_small"].is_current(folder)
 
 
+def test_a_figure_whose_rows_are_gone_goes_too(tmp_path):
+    folder, rows = tmp_path / "Graphs", tmp_path / "results"
+    folder.mkdir()
+    rows.mkdir()
+    (folder / "figures.js").write_text("")
+    study_rows.write_epochs(rows)
+    draw.draw_all(all_figures(str(rows))[1:], str(folder))
+    (rows / "epochs_small.csv").rename(rows / "mine.csv")
+    draw.draw_all(all_figures(str(rows))[1:], str(folder))
+    assert {path.name for path in folder.iterdir()} == {
+        "figures.js", "mine.svg", "mine.html", "mine_parallel.svg", "mine_parallel.html",
+    }  # fmt: skip
+
+
 def test_rows_of_epochs_means_and_differences_are_no_studies(tmp_path):
     study_rows.write_reproduce(tmp_path, seeds=2)
     (tmp_path / "reproduce_small_means.csv").write_text("column,condition,mean,sd,n,low,high\n")
