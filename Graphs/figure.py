@@ -18,7 +18,7 @@ FOLDER, LIBRARY = "Graphs", "vega.js"
 GREY = "#7a7a7a"  # text and axes; readable on white and on black
 COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#9467bd", "#b58900", "#c2388f", "#6b8e23", "#8c564b", "#3aa6b9", "#7a7a7a")
 WIDTH, HEIGHT = 620, 320
-LINE = 46  # letters that fit below and above a figure on a phone
+LINE = 46  # letters of a subtitle that fit on a phone
 
 Specification = dict[str, Any]
 

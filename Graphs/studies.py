@@ -3,14 +3,13 @@
 import csv
 import os
 import statistics as plain
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
 
-from Graphs.figure import COLOURS, GREY, HEIGHT, LINE, WIDTH, Figure, Specification, styled
+from Graphs.figure import COLOURS, GREY, HEIGHT, WIDTH, Figure, Specification, styled
 from Graphs.rows import MEASURE, data_set, first_and_last, is_complete, study_file, time_spent, varying
 from settings.table import SCHEDULES
 from studies.rows import Row, read_rows
@@ -67,8 +66,7 @@ def note_lines(source: str, rows: Sequence[Row]) -> list[str]:
     machines = sorted({f"{row['device']} ({row['system']}), torch {row['torch']}" for row in rows})
     conditions, seeds = ({row[name] for row in rows} for name in ("condition", "seed"))
     counts = f"{len(rows)} runs: {len(conditions)} conditions, seeds {', '.join(map(str, sorted(seeds)))}"
-    parts = [f"results/{os.path.basename(source)}", counts, *machines]
-    return [line for part in parts for line in textwrap.wrap(part, LINE)]
+    return [f"results/{os.path.basename(source)}", counts, *machines]
 
 
 # ---- parts of charts ----
