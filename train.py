@@ -139,13 +139,14 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
                     state.next_epoch()
                 stopping = not finished or (stop() and (stop.asked or state.epoch < config.epochs))
                 log.save_checkpoint(learner, state, data, always=stopping or state.epoch == stage.epochs.stop)
-                stop.resumable = stop.resumable or runtime.is_main
+                stop.resumable = stop.resumable or log.saved
                 if stopping:
                     log.wait()
                     if stop.failure is not None:
                         raise stop.failure
                     runtime.say(f"stopped: {stop.reason}; saved, {how_to_continue(config)}")
                     return 3
+        log.wait()  # signals are not waited for any more
 
     # The final and the best weights, at the sizes they were trained at and at test size
     sizes = {

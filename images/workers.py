@@ -29,6 +29,22 @@ def ignore_signals(worker: int) -> None:
         signal.signal(signal.SIGBUS, signal.SIG_DFL)
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Have SIGINT and SIGTERM wait until the end of the block, in which processes are started.
+
+    What a handler raises in the midst of a fork is lost, and a worker would die of a signal before it ignores it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 PATIENCE = 300.0  # seconds without a batch, after which workers count as hanging
 LOOK_EVERY = 5.0  # seconds; workers that are gone are noticed then
 
@@ -45,7 +61,8 @@ class Loader(DataLoader):
             return super().__iter__()
         main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
         handler = signal.getsignal(signal.SIGCHLD) if main else None
-        iterator = super().__iter__()
+        with signals_held():
+            iterator = super().__iter__()
         if main:
             signal.signal(signal.SIGCHLD, handler)  # torch's raises anywhere
         return self.watched(iterator)

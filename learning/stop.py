@@ -77,12 +77,9 @@ class Stop:
         """End the program a while after a signal, where the main thread does not hear of it."""
         with self.heard:
             while number := self.heard.recv(1):
-                if (
-                    number[0] in self.previous
-                    and not self.patient
-                    and not self.ended.wait(self.GRACE)
-                    and not self.patient
-                ):
+                if number[0] not in self.previous or self.patient:
+                    continue
+                if not self.ended.wait(self.GRACE) and not self.patient:
                     self.say_so(f"ended: {signal.Signals(number[0]).name}, in the midst of what takes long")
                     os._exit(3 if self.resumable else 1)
 
@@ -93,12 +90,14 @@ class Stop:
 
     @contextmanager
     def patiently(self) -> Iterator[None]:
-        """Have signals heard at steps within the block."""
+        """Have signals heard at steps within the block; one after its last step is heard at its end."""
         self.patient = True
         try:
             yield
         finally:
             self.patient = False
+        if self.signal and not self.asked:
+            raise Interrupted(f"signal {signal.Signals(self.signal).name}", self.resumable)
 
     def on_signal(self, number: int, frame: Any) -> None:
         """Ask training to stop; a SIGINT after that ends the program at once, without saving."""

@@ -58,7 +58,12 @@ class Dashboard:
 
 
 class RunLog:
-    """The log of a process that writes nothing: that of every rank but 0."""
+    """The log of a process that writes nothing: that of every rank but 0.
+
+    saved: whether there is something to resume from, as far as this process knows
+    """
+
+    saved = True
 
     def begin_stage(self, stage: Stage) -> None:
         """Note that a stage begins."""
@@ -129,6 +134,7 @@ class FolderLog(RunLog):
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.saving: Future[str | None] | None = None
         self.saved_epoch, self.saved_at = first_epoch, time.monotonic()
+        self.saved = False
         self.best: tuple[dict[str, Tensor], Tensor] | None = None
         self.fingerprint = checkpoint.best if checkpoint else None
         source = checkpoint.read_from if checkpoint else ""
@@ -177,7 +183,7 @@ class FolderLog(RunLog):
             checkpoint = learner.checkpoint(state, self.config, data)
             checkpoint.best = self.fingerprint
             self.saving = self.thread.submit(self.folder.save, checkpoint, self.best, self.keep)
-            self.best, self.keep = None, True
+            self.best, self.keep, self.saved = None, True, True
             self.saved_epoch, self.saved_at = state.epoch, time.monotonic()
         if time.monotonic() >= self.report_due:
             self.report()

@@ -1,8 +1,10 @@
-"""Models of a few numbers, and training steps on them."""
+"""Models of a few numbers, training steps on them, and checkpoints of them."""
 
 import torch
 from torch import nn
 
+from learning.checkpoint import Checkpoint
+from learning.state import RunState
 from utils import Runtime
 
 CPU = Runtime(device=torch.device("cpu"))
@@ -22,3 +24,11 @@ def train_a_step(model, optimizer, seed):
 
 def copied(state):
     return torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state)
+
+
+def checkpoint_of(epoch, config=None, world_size=1, **state):
+    """A checkpoint of a model of one weight, which holds `epoch`."""
+    return Checkpoint(
+        model={"w": torch.full((500,), epoch)}, optimizer={}, scaler={}, state=RunState(epoch=epoch, **state),
+        world_size=world_size, config=config or {}, classes=["ant", "bee"], num_images=8,
+    )  # fmt: skip

@@ -8,7 +8,8 @@ import pytest
 from small_models import CPU
 
 import learning.stop
-from learning.stop import Stop
+from learning.stop import Interrupted, Stop
+from settings.errors import RunError
 
 
 def test_nobody_asks_nothing_stops():
@@ -96,3 +97,47 @@ def test_a_wish_of_another_process_counts_and_is_named(number, reason):
     with Stop(runtime) as stop:
         assert not stop(7) and stop(8)
         assert stop.reason == reason and stop.asked == (number > 1)
+
+
+# ---- when it is heard ----
+
+
+def test_before_training_a_signal_is_heard_at_once_and_a_second_sigterm_does_not_disturb_the_end():
+    with Stop(CPU, patient=False) as stop:
+        stop.resumable = True
+        with pytest.raises(Interrupted, match="signal SIGTERM") as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught.value.resumable
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted, match="signal SIGINT"):  # who presses Ctrl-C means it
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_after_the_last_step_is_heard_when_training_ends():
+    with Stop(CPU, patient=False) as stop, pytest.raises(Interrupted, match="signal SIGTERM"), stop.patiently():
+        assert not stop(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    with Stop(CPU, patient=False) as stop, stop.patiently():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop(1)  # the run is saved, and ends by itself
+
+
+def test_a_time_budget_does_not_cut_an_evaluation_short():
+    with Stop(CPU, "1s") as stop:
+        stop.deadline = 0.0  # long ago
+        assert not stop(1, budget=False) and not stop.asked
+        assert stop(1) and stop.reason == "time budget spent" and not stop.asked
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_workers_that_fail_end_the_steps_of_one_process_and_all_of_several(world_size):
+    def batches():
+        yield 1
+        raise RunError("worker 7 was killed")
+
+    stop = Stop(SimpleNamespace(world_size=world_size, is_main=True, rank=0))
+    if world_size == 1:
+        assert list(stop.while_they_come(batches())) == [1] and str(stop.failure) == "worker 7 was killed"
+    else:
+        with pytest.raises(RunError, match="worker 7"):
+            list(stop.while_they_come(batches()))

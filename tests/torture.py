@@ -30,145 +30,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import psutil  # noqa: E402
 import tiny  # noqa: E402, F401
 import torch  # noqa: E402
-from programs import FORKS, SMALL, Forked, Started, end_all, environment, wait_until  # noqa: E402
-from runs import STAGED, STRONG, assert_same_bits, checkpoint, make_tree, metrics  # noqa: E402
+from programs import SMALL, Forked, end_all, environment, wait_until  # noqa: E402
+from runs import assert_same_bits, make_tree, metrics  # noqa: E402
+from tortured import FORMS, SMALL_SHM, Count, Form, form, kill  # noqa: E402
 
-from Graphs.draw import markdown, write_tables  # noqa: E402
+from Graphs.marks import markdown, write_tables  # noqa: E402
 from learning.checkpoint import Checkpoint, Damaged, read_safely  # noqa: E402
 from learning.weights import read_weights  # noqa: E402
-from reporting.folder import RunFolder  # noqa: E402
 from reporting.records import commit  # noqa: E402
-from settings.errors import ConfigError, RunError  # noqa: E402
+from settings.errors import ConfigError  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
 PAGE = ROOT / "docs" / "reliability.md"
-LIMIT = 120.0  # seconds in which a small run ends, on a busy machine, too
-
-# Forms of runs: flags, processes.
-PLAIN = "--stages 2 --epochs 4 --train-crop-size 32 48 --decode-cache off".split()
-FORMS = {
-    "one process": ([*PLAIN, "--workers", "0"], 1),
-    "EMA, RandAugment, mixup, RMSprop, two workers": ([*STAGED, *STRONG, "--workers", "2", "--decode-cache", "off"], 1),
-    "a store being built, saved every third epoch": (
-        [*"--stages 3 --epochs 6 --train-crop-size 32 48 --workers 1 --checkpoint-every 3".split(), "--decode-cache"], 1,
-    ),
-    "two processes": ([*PLAIN, *"--batch-size 4 --workers 1".split()], 2),
-}  # fmt: skip
-
-
-class Count:
-    """One row: what was done, how often, and what of it was spoilt."""
-
-    def __init__(self, what: str, expected: str):
-        self.what, self.expected, self.times, self.spoilt, self.notes = what, expected, 0, 0, {}
-        self.begun = time.monotonic()
-
-    def note(self, outcome: str) -> None:
-        self.times += 1
-        self.notes[outcome] = self.notes.get(outcome, 0) + 1
-
-    def spoil(self, reason: str) -> None:
-        self.spoilt += 1
-        if self.spoilt <= 3:
-            print(f"SPOILT: {self.what}: {reason}", file=sys.stderr, flush=True)
-
-    def row(self) -> dict:
-        return {
-            "what": self.what, "expected": self.expected, "times": self.times, "spoilt": self.spoilt,
-            "outcomes": self.notes, "seconds": round(time.monotonic() - self.begun),
-        }  # fmt: skip
-
-
-class Form:
-    """A form of run, the bits it ends with when left alone, and how long it takes."""
-
-    def __init__(self, name: str, folder: Path):
-        self.flags, self.processes = FORMS[name]
-        self.name, self.folder, self.tree = name, folder, make_tree(folder / "images")
-        begun = time.monotonic()
-        codes, printed = self.finish(self.start("whole"))
-        assert codes == self.processes * [0], printed
-        self.seconds = time.monotonic() - begun
-
-    def start(self, out: str, *more: str) -> list:
-        """Start the processes of a run."""
-        flags = [*SMALL, *self.flags, *([str(self.folder / "kept")] if self.flags[-1] == "--decode-cache" else [])]
-        flags += ["--data-path", str(self.tree), "--output-dir", str(self.folder / out), *more]
-        if self.flags[-1] == "--decode-cache" and not random.randrange(2):
-            shutil.rmtree(self.folder / "kept", ignore_errors=True)  # built anew
-        own = {"IMPATIENCE": "5"} | ({"SMALL_SHM": "yes"} if self.name == SMALL_SHM and not more else {})
-        if self.processes > 1:
-            flags += ["--dist-url", f"file://{tempfile.mkdtemp(dir=self.folder)}/meeting"]
-        kind = Forked if FORKS else Started
-        return [
-            kind(
-                "tests/impatient.py", flags,
-                environment(own | ({"RANK": str(rank), "WORLD_SIZE": str(self.processes)} if self.processes > 1 else {})),
-                own_session=True,
-            )
-            for rank in range(self.processes)
-        ]  # fmt: skip
-
-    def finish(self, processes: list, limit: float = LIMIT) -> tuple[list[int], str]:
-        """Wait for processes; return their statuses and what they printed on stderr."""
-        end = time.monotonic() + limit
-        codes = []
-        for process in processes:
-            try:
-                code = process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                kill([process], signal.SIGKILL)
-                process.wait()
-                code = 999  # it would not end
-            codes.append(code)
-        return codes, "".join(process.printed()[1] for process in processes)
-
-    def resumed(self, out: str) -> str:
-        """Let a run go on to its end; return what is wrong with it, "" if nothing."""
-        codes, printed = self.finish(self.start(out, "--resume", "auto"))
-        if codes != self.processes * [0]:
-            return f"resumed with {codes}: {printed[-400:]}"
-        return self.differs(out)
-
-    def differs(self, out: str) -> str:
-        """Say where a finished run differs from the one left alone."""
-        ours, theirs = (checkpoint(self.folder / name) for name in (out, "whole"))
-        try:
-            for part in ("model", "model_ema", "optimizer"):
-                assert_same_bits(ours.get(part), theirs.get(part))
-            best, other = (RunFolder(str(self.folder / name)).best_weights() for name in (out, "whole"))
-            assert_same_bits(dict(best), dict(other))
-            for mine, other in zip(metrics(self.folder / out), metrics(self.folder / "whole"), strict=True):
-                assert [mine[key] for key in ("epoch", "lr", "loss", "top1")] == [other[key] for key in ("epoch", "lr", "loss", "top1")]  # fmt: skip
-        except (AssertionError, RunError, ValueError) as error:
-            return f"{type(error).__name__} {error}"[:300] or "other bits"
-        left = [str(path) for path in self.folder.rglob("*.tmp")]
-        left += [str(path) for path in (self.folder / "kept").glob("*.images.*")]
-        return f"left: {left}" if left else ""
-
-
-def kill(processes: list, number: int, group: bool = True) -> None:
-    for process in processes:
-        if process.poll() is None:
-            with suppress(ProcessLookupError):
-                (os.killpg if group else os.kill)(process.pid, number)
-
-
-@contextmanager
-def form(name: str):
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        try:
-            yield Form(name, Path(folder))
-        finally:
-            end_all()
-
 
 # ---- kills and signals at any moment ----
 
 
 def struck(name: str, seconds: float, number: int, row: Count, most: int) -> None:
     """Send a signal at random moments of a run, up to `most` times before it is left to finish; so for `seconds`."""
-    wanted = {0, -number} if number == signal.SIGKILL else {0, 1, 3}
+    wanted = {0, -number} | (set() if number == signal.SIGKILL else {1, 3})  # killed: Python was not up yet
     with form(name) as runs:
         end, run = time.monotonic() + seconds, 0
         while not run or time.monotonic() < end:
@@ -183,7 +63,7 @@ def struck(name: str, seconds: float, number: int, row: Count, most: int) -> Non
                 if None not in before:  # it was over
                     done = True
                     break
-                row.note({-signal.SIGKILL: "killed", 999: "would not end"}.get(codes[0], f"status {codes[0]}"))
+                row.note({-number: "killed", 999: "would not end"}.get(codes[0], f"status {codes[0]}"))
                 if not set(codes) <= wanted or "Traceback" in printed:
                     row.spoil(f"{name}: statuses {codes}: {printed[-400:]}")
                 elif number != signal.SIGKILL and time.monotonic() - at > 10 + runs.seconds:
@@ -346,7 +226,7 @@ def disk_of_its_own(folder: Path, wanted: bool) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-FULL, SMALL_SHM = "its disk is full", "/dev/shm is too small"  # only root can have these
+FULL = "its disk is full"  # this and SMALL_SHM only root can have
 LONG = "--stages 2 --epochs 400 --train-crop-size 32 48".split()
 FAULTS: dict[str, tuple[list[str], int, Callable, set[int]]] = {
     "the folder vanishes": ([*LONG, "--decode-cache", "off", "--workers", "0"], 1, vanish, {1}),
