@@ -365,6 +365,8 @@ def study_figures(results: str) -> list[StudyFigure]:
             sources = [os.path.join(results, f"{study}.csv")]
             if kind.epochs:
                 sources.append(os.path.join(results, f"{study}_epochs.csv"))
+                if not os.path.exists(sources[-1]):
+                    continue
             place, subtitle = f"{study} {kind.end}".strip(), str(content.get("title", study))
             figures.append(StudyFigure(name, kind.title, place, subtitle, tuple(sources), kind))
     return figures
@@ -377,6 +379,7 @@ def studies_in(results: str) -> list[str]:
         name, kind = os.path.splitext(file)
         if kind == ".csv":
             with open(os.path.join(results, file), encoding="utf-8", newline="") as text:
-                if is_complete(next(csv.reader(text), [])):
+                lines = csv.reader(text)
+                if is_complete(next(lines, [])) and next(lines, None):
                     found.append(name)
     return found

@@ -162,7 +162,10 @@ def test_rows_of_epochs_means_and_differences_are_no_studies(tmp_path):
     study_rows.write_reproduce(tmp_path, seeds=2)
     (tmp_path / "reproduce_small_means.csv").write_text("column,condition,mean,sd,n,low,high\n")
     (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "begun.csv").write_text((tmp_path / "reproduce_small.csv").read_text().splitlines(keepends=True)[0])
     assert studies.studies_in(str(tmp_path)) == ["reproduce_small"]
+    (tmp_path / "reproduce_small_epochs.csv").unlink()
+    assert [figure.name for figure in all_figures(str(tmp_path))] == ["schedule", "reproduce_small_time"]
 
 
 # ---- what is drawn ----
