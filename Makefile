@@ -1,6 +1,8 @@
 # make demo        a virtual environment, and the quickstart: four stages on handwritten digits, on any CPU
 # make test        the same environment with what the tests need, and the tests
 # make test-all    those, and the tests of the double of ClearML's server that they lean on
+# make graphs      the figures of Graphs/ and what README and docs show, drawn and written anew from results/
+# make docs        the site, into docs/_build/html
 # make rehearse    the script for half an hour on a GPU, tiny and on the CPU: three minutes
 # make torture     kills, flipped bits, signals and faults, counted: some minutes, or as many as MINUTES says
 # make fuzz        100,000 settings and 8,000 damaged files, a quarter of an hour; counts into results/
@@ -11,7 +13,7 @@ BIN := .venv/bin
 
 MINUTES ?= 5
 
-.PHONY: demo test test-double test-all rehearse torture fuzz lint clean
+.PHONY: demo test test-double test-all graphs docs rehearse torture fuzz lint clean
 
 demo: .venv/run
 	$(BIN)/python train.py --config configs/quickstart.yaml --overwrite
@@ -24,6 +26,14 @@ test-double: .venv/dev
 	$(BIN)/python .ci/double.py > tests/data/double.sha256
 
 test-all: test test-double
+
+graphs: .venv/docs
+	$(BIN)/python -m Graphs.draw
+	$(BIN)/python benchmarks/tables.py
+
+docs: .venv/docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 rehearse: .venv/dev
 	rm -rf runs/rehearsal
@@ -47,9 +57,13 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/dev: requirements-dev.txt .venv/run
+.venv/docs: requirements-docs.txt .venv/run
+	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt requirements-docs.txt .venv/run
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs docs/_build

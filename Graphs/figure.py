@@ -1,23 +1,26 @@
-"""A figure: one definition, drawn as a picture (SVG), as an interactive page and, from that picture, in ClearML."""
+"""A figure: one definition, written as a picture (SVG) and as an interactive page; the site shows the same inside its text."""
 
 import hashlib
 import html
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import altair as alt
 import vl_convert
 
-from studies.rows import Row, read_rows
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FOLDER, LIBRARY = "Graphs", "vega.js"
-GREY = "#7a7a7a"  # readable on white and on black
-COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#9467bd", "#b58900", "#c2388f", "#6b8e23", "#8c564b")
+GREY = "#7a7a7a"  # text and axes; readable on white and on black
+COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#9467bd", "#b58900", "#c2388f", "#6b8e23", "#8c564b", "#3aa6b9", "#7a7a7a")
 WIDTH, HEIGHT = 620, 320
+LINE = 46  # letters of a subtitle that fit on a phone
+
+Specification = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,60 +28,81 @@ class Figure:
     """One figure of `Graphs/`.
 
     name: of its files
-    title: what it shows, a sentence
-    sources: files of rows it is drawn from, below `results/`; without them it is left out
-    draw: builds the chart from the rows of each source
+    title: what it shows
+    place: what README and docs call it: "schedule", or study and kind: "reproduce_small time"
     """
 
     name: str
     title: str
-    sources: tuple[str, ...]
-    draw: Callable[..., alt.TopLevelMixin]
+    place: str
 
-    def rows(self, results: str) -> list[list[Row]]:
-        return [read_rows(os.path.join(results, source)) for source in self.sources]
+    def content(self) -> bytes:
+        """Read what the figure is drawn from."""
+        raise NotImplementedError
 
-    def ready(self, results: str) -> bool:
-        """Check whether every source has rows."""
-        return all(os.path.exists(os.path.join(results, source)) for source in self.sources)
+    def specification(self) -> Specification:
+        """Build the chart, with what it is drawn from below it, as Vega-Lite."""
+        raise NotImplementedError
 
-    def digest(self, results: str) -> str:
-        """Hash the rows, by which a figure older than them is found out."""
-        content = hashlib.sha256()
-        for source in self.sources:
-            with open(os.path.join(results, source), "rb") as file:
-                content.update(file.read())
-        return content.hexdigest()[:16]
+    @property
+    def mark(self) -> str:
+        """The digest that both files carry, by which a figure older than its rows is found out."""
+        return f"<!-- drawn from {hashlib.sha256(self.content()).hexdigest()[:16]} -->"
 
-    def chart(self, results: str) -> alt.TopLevelMixin:
-        """Build the chart, with what it is drawn from below it."""
-        rows = self.rows(results)
-        chart = self.draw(*rows).properties(
-            title=alt.TitleParams(
-                text=self.title, subtitle=source_line(self.sources, rows[0] if rows else []), anchor="start", color=GREY,
-                subtitleColor=GREY, fontSize=14, subtitleFontSize=11, offset=14,
-            )
-        )  # fmt: skip
-        return chart.configure(
-            background="transparent",
-            font="system-ui, sans-serif",
-            axis=alt.AxisConfig(labelColor=GREY, titleColor=GREY, gridColor="#8884", domainColor=GREY, tickColor=GREY),
-            legend=alt.LegendConfig(labelColor=GREY, titleColor=GREY, labelLimit=260),
-            header=alt.HeaderConfig(labelColor=GREY, titleColor=GREY),
-            text=alt.MarkConfig(color=GREY),
-            view=alt.ViewConfig(stroke=None),
-        )
+    def write(self, folder: str) -> None:
+        """Write NAME.svg and NAME.html."""
+        specification = self.specification()
+        write_text(os.path.join(folder, f"{self.name}.svg"), picture(specification, self.mark))
+        write_text(os.path.join(folder, f"{self.name}.html"), page(self.name, self.title, specification, self.mark))
 
-    def write(self, results: str, folder: str) -> None:
-        """Write NAME.svg and NAME.html; the digest of the rows stands in both."""
-        specification = self.chart(results).to_dict()
-        mark = f"<!-- rows {self.digest(results)} -->"
-        svg = vl_convert.vegalite_to_svg(specification, vl_version=vl_version())
-        write_text(os.path.join(folder, f"{self.name}.svg"), re.sub(r"(<svg[^>]*>)", rf"\1{mark}", svg, count=1) + "\n")
-        page = PAGE.format(
-            title=html.escape(self.title), mark=mark, name=self.name, specification=as_script(specification)
-        )
-        write_text(os.path.join(folder, f"{self.name}.html"), page)
+    def is_current(self, folder: str) -> bool:
+        """Check whether both files are there and drawn from what there is now."""
+        paths = [os.path.join(folder, f"{self.name}.{kind}") for kind in ("svg", "html")]
+        return all(os.path.exists(path) and self.mark in read_text(path) for path in paths)
+
+
+def styled(chart: alt.LayerChart, title: str, subtitle: str, note: Sequence[str], room: int = 42) -> alt.LayerChart:
+    """Give a chart its title, a note below it as its last layer, and colours for light and dark pages.
+
+    room: pixels that the axis takes between the chart and the note
+    """
+    below = (
+        alt.Chart(alt.Data(values=[{}]))
+        .mark_text(align="left", baseline="top", dy=room, fontSize=11, lineHeight=15)
+        .encode(x=alt.value(0), y=alt.value("height"), text=alt.value(list(note)))  # type: ignore[arg-type]
+    )
+    whole = alt.layer(chart, below, **dimensions(chart)).properties(
+        title=alt.TitleParams(
+            text=title, subtitle=textwrap.wrap(subtitle, LINE), anchor="start", frame="bounds", offset=12, fontSize=15, subtitleFontSize=12,
+            color=GREY, subtitleColor=GREY,
+        ),
+        description=f"{title}. {subtitle}. {' '.join(note)}",
+    )  # fmt: skip
+    return whole.configure(
+        background="transparent",
+        font="system-ui, sans-serif",
+        axis=alt.AxisConfig(labelColor=GREY, titleColor=GREY, gridColor="#8883", domainColor=GREY, tickColor=GREY, labelFontSize=12, titleFontSize=12, titleFontWeight="normal"),
+        legend=alt.LegendConfig(labelColor=GREY, titleColor=GREY, labelLimit=260, labelFontSize=12, orient="top", columns=3, symbolType="circle", symbolOpacity=1),
+        text=alt.MarkConfig(color=GREY),
+        view=alt.ViewConfig(stroke=None),
+    )  # fmt: skip
+
+
+def dimensions(chart: alt.LayerChart) -> dict[str, Any]:
+    """Take width and height from a chart, for the one it becomes a layer of."""
+    found = {name: chart[name] for name in ("width", "height")}
+    for name in found:
+        chart[name] = alt.Undefined
+    return found
+
+
+# ---- files ----
+
+
+def picture(specification: Specification, mark: str) -> str:
+    """Draw a chart as SVG."""
+    svg = vl_convert.vegalite_to_svg(specification, vl_version=vl_version())
+    return re.sub(r"(<svg[^>]*>)", rf"\1{mark}", svg, count=1) + "\n"
 
 
 # The page needs nothing from the network: the library lies beside it, once for all figures.
@@ -89,41 +113,50 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{title}</title>
-<style>body{{margin:1em;font:14px system-ui,sans-serif}}.chart{{max-width:100%;overflow-x:auto}}</style>
+<style>body{{margin:1em auto;max-width:760px;padding:0 1em;font:14px system-ui,sans-serif}}</style>
+<link rel="stylesheet" href="figures.css">
 </head>
 <body>{mark}
-<div class="chart" id="{name}"></div>
-<script src="vega.js"></script>
-<script>vegaEmbed("#{name}", {specification}, {{actions: {{export: true, source: false, compiled: false, editor: false}}}});</script>
+{chart}
+<script src="{library}"></script>
+<script src="figures.js"></script>
 </body>
 </html>
 """
 
 
-def as_script(specification: dict) -> str:
-    """Write a specification as JSON that may stand in a script element."""
-    return json.dumps(specification).replace("</", "<\\/")
+def page(name: str, title: str, specification: Specification, mark: str) -> str:
+    """Build the interactive page of a figure."""
+    return PAGE.format(title=html.escape(title), mark=mark, chart=as_element(name, specification), library=LIBRARY)
+
+
+def as_element(name: str, specification: Specification) -> str:
+    """Build the element that figures.js draws a chart in: as wide as there is room, if the chart can be."""
+    content = json.dumps(specification, separators=(",", ":")).replace("</", "<\\/")  # which would end the element
+    return f'<div class="chart" id="{name}"><script type="application/json">{content}</script></div>'
 
 
 def vl_version() -> str:
-    """Name the version of Vega-Lite that altair writes, as vl-convert calls it: `6.1`."""
+    """Name the version of Vega-Lite that altair writes as vl-convert calls it: `6.4`."""
     return ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 
 
 def write_library(folder: str) -> None:
-    """Write the library that the interactive pages share: Vega, Vega-Lite and their embedding, about a megabyte."""
-    snippet = 'import vegaEmbed from "vega-embed";\nwindow.vegaEmbed = vegaEmbed;\n'
-    write_text(os.path.join(folder, LIBRARY), vl_convert.javascript_bundle(snippet, vl_version()))
+    """Write the library that the interactive pages share, if it is not there: Vega, Vega-Lite and their embedding."""
+    path = os.path.join(folder, LIBRARY)
+    notice = read_text(os.path.join(ROOT, FOLDER, "vega_notice.txt"))
+    head = f"/* Vega-Lite {alt.SCHEMA_VERSION}\n\n{notice}*/\n"
+    if not os.path.exists(path) or not read_text(path).startswith(head):
+        bundle = vl_convert.javascript_bundle(vl_version=vl_version())  # type: ignore[call-arg] # its stub wants a snippet
+        # In a function of its own: its names are short, and a page has others.
+        write_text(path, f"{head}(() => {{\n{bundle}\n}})();\n")
+
+
+def read_text(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 def write_text(path: str, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
-
-
-def source_line(sources: Sequence[str], rows: Iterable[Row]) -> str:
-    """Say which rows a figure is drawn from, how many, and what they were measured on."""
-    rows = list(rows)
-    machines = sorted({f"{row['device']}, {row['system']}, torch {row['torch']}" for row in rows if "device" in row})
-    seeds = {row["seed"] for row in rows}
-    return f"results/{', '.join(sources)}: {len(rows)} runs, {len(seeds)} seeds; {'; '.join(machines)}"

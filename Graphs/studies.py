@@ -1,138 +1,385 @@
-"""The figures of the studies, each from its rows in `results/`."""
+"""The figures of the studies, each from its rows in `results/`; a study without rows has none yet."""
 
-from collections.abc import Sequence
-from functools import partial
+import csv
+import os
+import statistics as plain
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
 
-from Graphs.figure import COLOURS, GREY, HEIGHT, WIDTH, Figure
-from studies.rows import Row
+from Graphs.figure import COLOURS, GREY, HEIGHT, WIDTH, Figure, Specification, styled
+from Graphs.rows import MEASURE, data_set, first_and_last, is_complete, study_file, time_spent, varying
+from settings.table import SCHEDULES
+from studies.rows import Row, read_rows
 from studies.statistics import mean_of
 
-LABEL = {"top1": "top-1, %", "top1_ema": "top-1 of the average, %", "best_top1": "best top-1, %"}
+Values = list[dict[str, Any]]
 
 
-def conditions_of(rows: Sequence[Row]) -> list[str]:
+@dataclass(frozen=True)
+class Kind:
+    """A figure that a study has.
+
+    end: of its name
+    title: what it shows
+    draw: draws it from the rows of runs, and of epochs if `epochs`
+    room: pixels that its axis takes
+    """
+
+    end: str
+    title: str
+    draw: Callable[..., alt.LayerChart]
+    epochs: bool = False
+    room: int = 42
+
+
+@dataclass(frozen=True)
+class StudyFigure(Figure):
+    """A figure of a study.
+
+    subtitle: of what: model, data, length
+    sources: files of rows, the runs' first
+    kind: what draws it from the rows of each source
+    """
+
+    subtitle: str
+    sources: tuple[str, ...]
+    kind: Kind
+
+    def content(self) -> bytes:
+        content = b""
+        for source in self.sources:
+            with open(source, "rb") as file:
+                content += file.read()
+        return content
+
+    def specification(self) -> Specification:
+        rows = [read_rows(source) for source in self.sources]
+        chart, note = self.kind.draw(*rows), note_lines(self.sources[0], rows[0])
+        return styled(chart, self.title, self.subtitle, note, self.kind.room).to_dict()
+
+
+def note_lines(source: str, rows: Sequence[Row]) -> list[str]:
+    """Say in lines which rows a figure is drawn from, how many, and what they were measured on."""
+    machines = sorted({f"{row['device']} ({row['system']}), torch {row['torch']}" for row in rows})
+    conditions, seeds = ({row[name] for row in rows} for name in ("condition", "seed"))
+    counts = f"{len(rows)} runs: {len(conditions)} conditions, seeds {', '.join(map(str, sorted(seeds)))}"
+    return [f"results/{os.path.basename(source)}", counts, *machines]
+
+
+# ---- parts of charts ----
+
+
+def data(values: Values) -> alt.Data:
+    return alt.Data(values=[{name: rounded(value) for name, value in entry.items()} for entry in values])
+
+
+def rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def number(field: str, title: str, form: str = ".2f") -> alt.Tooltip:
+    return alt.Tooltip(f"{field}:Q", title=title, format=form)
+
+
+def conditions_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row["condition"] for row in rows))
 
 
-def colour(rows: Sequence[Row]) -> alt.Color:
-    """Give each condition a colour, the same in every figure of a study."""
-    names = conditions_of(rows)
-    return alt.Color("condition:N", scale=alt.Scale(domain=names, range=COLOURS[: len(names)]), title=None)
+def colour(names: Sequence[str], field: str = "condition") -> alt.Color:
+    """Give each name a colour, the same in every figure of a study."""
+    scale = alt.Scale(domain=list(names), range=[COLOURS[i % len(COLOURS)] for i in range(len(names))])
+    return alt.Color(f"{field}:N", scale=scale, title=None)
 
 
-def on_cpu(rows: Sequence[Row]) -> bool:
-    return all(row["device"] == "cpu" for row in rows)
+def measure(row: Row) -> float | None:
+    """Find the accuracy of a run: on images that chose nothing if it was measured on such, else that of its last epoch."""
+    return row.get("held_out_top1") if row.get("held_out_top1") is not None else row["top1"]
 
 
-def means(rows: Sequence[Row], column: str = "top1", **more: str) -> list[dict[str, Any]]:
-    """Estimate the mean of each condition as data of a chart.
+def means(rows: Sequence[Row], x: Callable[[Sequence[Row]], float] | None = None) -> Values:
+    """Estimate the mean accuracy of each condition, with its 95 % interval, as values of a chart.
 
-    more: columns whose mean is wanted as well, by the name they get
+    x: what the condition's rows come to on the other axis
     """
     found = []
+    known = [row | {"measure": measure(row)} for row in rows]
     for name in conditions_of(rows):
-        estimate = mean_of(rows, name, column)
-        if estimate is None:
-            continue
-        entry = {"condition": name, "mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.n}
-        for key, other in more.items():
-            value = mean_of(rows, name, other)
-            entry[key] = value and value.mean
-        found.append(entry)
+        estimate = mean_of(known, name, "measure")
+        if estimate is not None:
+            entry = {"condition": name, "mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+            entry |= {"n": estimate.n} | ({} if x is None else {"x": x([r for r in rows if r["condition"] == name])})
+            found.append(entry)
     return found
 
 
-def accuracy_over_time(rows: Sequence[Row]) -> alt.TopLevelMixin:
-    """Accuracy of the last epoch against what training took: a dot for each seed, mean and interval of each condition."""
-    seconds = "cpu_seconds" if on_cpu(rows) else "train_seconds"
-    unit = "training, processor minutes" if on_cpu(rows) else "training, minutes"
+COARSE = alt.Axis(tickCount=8)
+ESTIMATE = [
+    alt.Tooltip("condition:N"), number("mean", "mean"), number("low", "95 % from"), number("high", "to"), alt.Tooltip("n:Q", title="runs"),
+]  # fmt: skip
+
+
+def layered(*charts: alt.Chart, height: float = HEIGHT) -> alt.LayerChart:
+    return alt.LayerChart(layer=list(charts), width=WIDTH, height=height)
+
+
+# ---- charts ----
+
+
+def accuracy_over_time(rows: Sequence[Row]) -> alt.LayerChart:
+    """Draw accuracy against what training took: a dot for each seed, mean and interval of each condition."""
+    names = conditions_of(rows)
+    unit, spent = time_spent(rows)
     points = [
-        {"condition": row["condition"], "seed": row["seed"], "minutes": row[seconds] / 60, "top1": row["top1"]}
-        for row in rows
+        {"condition": row["condition"], "seed": row["seed"], "x": spent(row), "top1": measure(row)} for row in rows
     ]
-    averages = [{**entry, "minutes": entry["seconds"] / 60} for entry in means(rows, seconds=seconds)]
-    x = alt.X("minutes:Q", title=unit, scale=alt.Scale(zero=True))
-    y = alt.Y("top1:Q", title=LABEL["top1"], scale=alt.Scale(zero=False))
-    dots = alt.Chart(alt.Data(values=points)).mark_circle(size=45, opacity=0.45).encode(
-        x, y, colour(rows), tooltip=["condition:N", "seed:Q", "minutes:Q", "top1:Q"]
+    averages = means(rows, lambda some: plain.fmean(map(spent, some)))
+    longest = 1.05 * max(point["x"] for point in points)
+    x = alt.X("x:Q", title=f"training, {unit}", scale=alt.Scale(domain=[0, longest], nice=False), axis=COARSE)
+    y = alt.Y("top1:Q", title=MEASURE, scale=alt.Scale(zero=False))
+    dots = alt.Chart(data(points)).mark_circle(size=45, opacity=0.5).encode(
+        x, y, colour(names), tooltip=["condition:N", "seed:Q", number("x", unit, ".1f"), number("top1", MEASURE)]
     )  # fmt: skip
-    whole = alt.Chart(alt.Data(values=averages))
-    bars = whole.mark_rule(strokeWidth=2).encode(alt.X("minutes:Q"), alt.Y("low:Q"), alt.Y2("high:Q"), colour(rows))
-    middles = whole.mark_point(filled=True, size=130, shape="diamond").encode(
-        alt.X("minutes:Q"), alt.Y("mean:Q"), colour(rows), tooltip=["condition:N", "n:Q", "mean:Q", "low:Q", "high:Q"]
-    )
-    return (dots + bars + middles).properties(width=WIDTH, height=HEIGHT)
+    bars = alt.Chart(data([entry for entry in averages if entry["low"] is not None])).mark_rule(strokeWidth=2).encode(
+        alt.X("x:Q"), alt.Y("low:Q"), alt.Y2("high:Q"), colour(names)
+    )  # fmt: skip
+    middles = alt.Chart(data(averages)).mark_point(filled=True, size=150, shape="diamond", opacity=1).encode(
+        alt.X("x:Q"), alt.Y("mean:Q"), colour(names), tooltip=ESTIMATE
+    )  # fmt: skip
+    return layered(dots, bars, middles)
 
 
-def accuracy_over_epochs(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.TopLevelMixin:
-    """Accuracy at test size after each evaluated epoch, mean over the seeds; stages of the first condition shaded."""
-    first = conditions_of(rows)[0]
+def accuracy_over_epochs(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.LayerChart:
+    """Draw accuracy at test size over epochs: dots of the seeds, lines of their means, the first condition's stages shaded."""
+    names = conditions_of(rows)
     spans: dict[int, dict[str, Any]] = {}
     for row in epochs:
-        if row["condition"] == first:
+        if row["condition"] == names[0]:
             span = spans.setdefault(
-                row["stage"], {"stage": row["stage"], "from": row["epoch"], "px": f"{row['image_size']} px"}
+                row["stage"], {"stage": row["stage"], "from": row["epoch"], "px": row["image_size"]}
             )
             span["to"] = row["epoch"] + 1
             span["middle"] = (span["from"] + span["to"]) / 2
-    shade = alt.Chart(alt.Data(values=list(spans.values())))
+    shade = alt.Chart(data([span | {"px": f"{span['px']} px"} for span in spans.values()]))
     bands = shade.mark_rect(color=GREY).encode(
-        alt.X("from:Q"),
-        alt.X2("to:Q"),
-        opacity=alt.Opacity("stage:O", scale=alt.Scale(range=[0.04, 0.16]), legend=None),
+        alt.X("from:Q", title="epoch"), alt.X2("to:Q"), alt.Y(value=0), alt.Y2(value="height"),
+        opacity=alt.Opacity("stage:Q", scale=alt.Scale(range=[0.04, 0.2]), legend=None),
+    )  # fmt: skip
+    sizes = shade.mark_text(baseline="bottom", dy=-5, fontSize=12).encode(
+        alt.X("middle:Q"), alt.Y(value="height"), text="px:N"
     )
-    sizes = shade.mark_text(baseline="top", dy=2).encode(alt.X("middle:Q"), alt.value(0), text="px:N")
     points = [
         {"condition": row["condition"], "seed": row["seed"], "epoch": row["epoch"] + 1, "top1": row["top1"]}
         for row in epochs
         if row["top1"] is not None
     ]
-    chart = alt.Chart(alt.Data(values=points))
-    x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1))
-    dots = chart.mark_circle(size=22, opacity=0.35).encode(x, alt.Y("top1:Q", title=LABEL["top1"]), colour(rows))
-    lines = chart.mark_line(point=True).encode(
-        x, alt.Y("mean(top1):Q", title=LABEL["top1"]), colour(rows), tooltip=["condition:N", "epoch:Q", "mean(top1):Q"]
+    chart = alt.Chart(data(points))
+    last = max(row["epoch"] for row in epochs) + 1
+    x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(domain=[0, last], nice=False))
+    y = alt.Y("top1:Q", title=MEASURE, scale=alt.Scale(zero=False))
+    tip = ["condition:N", "epoch:Q"]
+    dots = chart.mark_circle(size=22, opacity=0.4).encode(
+        x, y, colour(names), tooltip=[*tip, "seed:Q", number("top1", MEASURE)]
     )
-    return (bands + sizes + dots + lines).properties(width=WIDTH, height=HEIGHT)
+    average = alt.Y("mean(top1):Q", title=MEASURE)
+    lines = chart.mark_line().encode(x, average, colour(names))
+    ends = chart.mark_point(filled=True, opacity=1, size=40).encode(
+        x, average, colour(names), tooltip=[*tip, number("mean(top1)", "mean")]
+    )
+    return layered(bands, sizes, dots, lines, ends)
 
 
-def every_seed(rows: Sequence[Row]) -> alt.TopLevelMixin:
-    """Accuracy of the last epoch for each condition: every seed a point, mean and 95 % interval."""
+def every_seed(rows: Sequence[Row], group: Callable[[Row], str] | None = None) -> alt.LayerChart:
+    """Draw accuracy by condition: every seed a point, mean and 95 % interval.
+
+    group: names what the conditions are coloured by
+    """
     names = conditions_of(rows)
-    points = [{"condition": row["condition"], "seed": row["seed"], "top1": row["top1"]} for row in rows]
-    y = alt.Y("condition:N", sort=names, title=None, axis=alt.Axis(labelLimit=220))
-    x = alt.X("top1:Q", title=LABEL["top1"], scale=alt.Scale(zero=False))
-    dots = alt.Chart(alt.Data(values=points)).mark_circle(size=45, opacity=0.5, color=COLOURS[0]).encode(
-        x, y, tooltip=["condition:N", "seed:Q", "top1:Q"]
+    groups = {row["condition"]: group(row) if group else "" for row in rows}
+    points = [{"condition": row["condition"], "seed": row["seed"], "top1": measure(row)} for row in rows]
+    x = alt.X("top1:Q", title=MEASURE, scale=alt.Scale(zero=False, padding=8), axis=COARSE)
+    lines = max(name.count(", ") + 1 for name in names)  # of a label
+    labels = alt.Axis(labelLimit=240, labelExpr="split(datum.label, ', ')", labelOffset=5 - 5 * lines, ticks=False, grid=True)  # fmt: skip
+    y = alt.Y("condition:N", sort=names, title=None, axis=labels)
+    shade = colour(list(dict.fromkeys(groups.values())), "group") if group else alt.value(COLOURS[0])
+
+    def grouped(values: Values) -> alt.Chart:
+        return alt.Chart(data([entry | {"group": groups[entry["condition"]]} for entry in values]))
+
+    dots = grouped(points).mark_circle(size=45, opacity=0.5).encode(
+        x, y, color=shade, tooltip=["condition:N", "seed:Q", number("top1", MEASURE)]
     )  # fmt: skip
-    whole = alt.Chart(alt.Data(values=means(rows)))
-    bars = whole.mark_rule(strokeWidth=2, color=COLOURS[1]).encode(alt.X("low:Q"), alt.X2("high:Q"), y)
-    middles = whole.mark_point(filled=True, size=110, shape="diamond", color=COLOURS[1], opacity=1).encode(
-        alt.X("mean:Q"), y, tooltip=["condition:N", "n:Q", "mean:Q", "low:Q", "high:Q"]
-    )
-    return (dots + bars + middles).properties(width=WIDTH - 120, height=34 * len(names))
+    averages = means(rows)
+    bars = grouped([entry for entry in averages if entry["low"] is not None]).mark_rule(strokeWidth=2).encode(
+        alt.X("low:Q"), alt.X2("high:Q"), y, color=shade
+    )  # fmt: skip
+    middles = grouped(averages).mark_point(filled=True, size=130, shape="diamond", opacity=1).encode(
+        alt.X("mean:Q"), y, color=shade, tooltip=ESTIMATE
+    )  # fmt: skip
+    return layered(dots, bars, middles, height=max(36, 14 * lines + 6) * len(names))
 
 
-def throughput(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.TopLevelMixin:
-    """Images per second at each image size: an epoch is a point, the bar their median."""
+def by_data_set(rows: Sequence[Row]) -> alt.LayerChart:
+    """Draw `every_seed` with a colour for each data set: what a condition's name begins with, up to a colon or comma."""
+    return every_seed(rows, lambda row: data_set(row["condition"]))
+
+
+def parallel(rows: Sequence[Row]) -> alt.LayerChart:
+    """Draw each run as a line through what varies and what it came to; each axis goes from its least to its largest value."""
+    unit, spent = time_spent(rows)
+    columns: dict[str, list[float | None]] = {}
+    for name in varying(rows):
+        heading = SCHEDULES[name].heading if name in SCHEDULES else name.replace("_", " ")
+        pairs = [first_and_last(row[name]) for row in rows]
+        both = any(pair and pair[0] != pair[1] for pair in pairs)
+        for i, which in enumerate(("first", "last") if both else ("",)):
+            columns[f"{heading} {which}".strip()] = [pair and pair[i] for pair in pairs]
+    columns["epochs"] = [row["epochs"] for row in rows]
+    columns["relative cost"] = [row["relative_cost"] for row in rows]
+    columns[unit] = [spent(row) for row in rows]
+    columns[MEASURE] = [measure(row) for row in rows]
+    kept: dict[str, list[float]] = {}
+    for name, values in columns.items():
+        known = [float(value) for value in values if value is not None]
+        if len(known) == len(rows) and len(set(known)) > 1 and known not in kept.values():  # not twice the same axis
+            kept[name] = known
+    places = {axis: [(value - min(some)) / (max(some) - min(some)) for value in some] for axis, some in kept.items()}
+    lines = [
+        {"run": i, "condition": row["condition"], "seed": row["seed"], "axis": axis, "at": places[axis][i], "value": kept[axis][i]}
+        for i, row in enumerate(rows)
+        for axis in kept
+    ]  # fmt: skip
+    ticks = []
+    for axis, some in kept.items():
+        shown = dict(zip(some, places[axis]))
+        least, most = min(shown), max(shown)
+        for value, place in sorted(shown.items()):
+            if len(shown) <= 6 or value in (least, most):
+                ticks.append({"axis": axis, "at": place, "text": f"{value:.4g}"})
+    words = alt.Axis(labelAngle=0, labelExpr="split(datum.label, ' ')", grid=True, gridColor=GREY, domain=False)
+    x = alt.X("axis:N", sort=list(kept), title=None, axis=words, scale=alt.Scale(type="point", padding=0.3))
+    y = alt.Y("at:Q", axis=None)
+    strokes = alt.Chart(data(lines)).mark_line(opacity=0.6, strokeWidth=1.5).encode(
+        x, y, colour(conditions_of(rows)), detail="run:N"
+    )  # fmt: skip
+    dots = alt.Chart(data(lines)).mark_circle(size=30, opacity=0.7).encode(
+        x, y, colour(conditions_of(rows)),
+        tooltip=["condition:N", "seed:Q", "axis:N", number("value", "value", ".4~g")],
+    )  # fmt: skip
+    labels = alt.Chart(data(ticks)).mark_text(align="left", dx=6, dy=-8, fontSize=11).encode(x, y, text="text:N")
+    return layered(strokes, dots, labels)
+
+
+def by_magnitude(rows: Sequence[Row]) -> alt.LayerChart:
+    """Draw accuracy against RandAugment's magnitude: a colour for each image size and scale, seeds, mean and interval."""
+    kept = []
+    for row in rows:
+        if "auto_augment" in row and row["auto_augment"] != "ra":
+            continue  # a magnitude that does nothing
+        sizes, magnitudes = first_and_last(row.get("train_crop_size")), first_and_last(row.get("ra_magnitude"))
+        if magnitudes is not None and magnitudes[0] == magnitudes[1]:
+            size = f"{sizes[-1]:.0f} px" if sizes else "one size"
+            scale = row.get("ra_scale")
+            kept.append(row | {"group": f"{size}, {scale} scale" if scale else size, "x": magnitudes[0]})
+    groups = sorted({row["group"] for row in kept}, key=lambda name: (len(name.split(" px")[0]), name))
+    points = [{"group": row["group"], "seed": row["seed"], "x": row["x"], "top1": measure(row)} for row in kept]
+    averages = []
+    for group in groups:
+        for magnitude in sorted({row["x"] for row in kept if row["group"] == group}):
+            chosen = [row for row in kept if (row["group"], row["x"]) == (group, magnitude)]
+            averages += [entry | {"group": group, "x": magnitude} for entry in means(chosen)]
+    ticks = alt.Axis(values=sorted({row["x"] for row in kept}))
+    x = alt.X("x:Q", title="RandAugment magnitude", scale=alt.Scale(zero=False, padding=20, nice=False), axis=ticks)
+    shade = colour(groups, "group")
+    dots = alt.Chart(data(points)).mark_circle(size=35, opacity=0.45).encode(
+        x, alt.Y("top1:Q", title=MEASURE, scale=alt.Scale(zero=False)), shade,
+        tooltip=["group:N", number("x", "magnitude", "g"), "seed:Q", number("top1", MEASURE)],
+    )  # fmt: skip
+    chart = alt.Chart(data(averages))
+    lines = chart.mark_line().encode(x, alt.Y("mean:Q"), shade)
+    bars = alt.Chart(data([entry for entry in averages if entry["low"] is not None])).mark_rule(strokeWidth=2).encode(
+        x, alt.Y("low:Q"), alt.Y2("high:Q"), shade
+    )  # fmt: skip
+    middles = chart.mark_point(filled=True, size=120, shape="diamond", opacity=1).encode(
+        x, alt.Y("mean:Q"), shade, tooltip=["group:N", number("x", "magnitude", "g"), *ESTIMATE[1:]]
+    )  # fmt: skip
+    return layered(dots, lines, bars, middles)
+
+
+def throughput(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.LayerChart:
+    """Draw images per second at each image size that stages have: epochs as points, their median as a bar."""
+    speeds: dict[int, list[float]] = {}
+    for row in epochs:
+        speeds.setdefault(row["image_size"], []).append(row["images_per_second"])
+    medians = [{"px": size, "median": plain.median(some), "n": len(some)} for size, some in sorted(speeds.items())]
     points = [{"px": row["image_size"], "speed": row["images_per_second"]} for row in epochs]
-    x, y = (
-        alt.X("px:O", title="image size, px", axis=alt.Axis(labelAngle=0)),
-        alt.Y("speed:Q", title="images per second"),
+    x = alt.X("px:O", title="image size of the stage, px", axis=alt.Axis(labelAngle=0))
+    y = alt.Y("median:Q", title="images per second")
+    bars = alt.Chart(data(medians)).mark_bar(color=COLOURS[2], opacity=0.6, width={"band": 0.6}).encode(
+        x, y, tooltip=[alt.Tooltip("px:O"), number("median", "images/s, median", ".1f"), alt.Tooltip("n:Q", title="epochs")]
+    )  # fmt: skip
+    dots = (
+        alt.Chart(data(points))
+        .mark_tick(color=GREY, opacity=0.5, thickness=1)
+        .encode(x, alt.Y("speed:Q", title="images per second"))
     )
-    chart = alt.Chart(alt.Data(values=points))
-    bars = chart.mark_bar(color=COLOURS[2], opacity=0.7).encode(x, alt.Y("median(speed):Q", title="images per second"))
-    dots = chart.mark_circle(size=14, color=GREY, opacity=0.4).encode(x, y)
-    labels = chart.mark_text(dy=-10).encode(x, alt.Y("median(speed):Q"), text=alt.Text("median(speed):Q", format=".0f"))
-    return (bars + dots + labels).properties(width=WIDTH, height=HEIGHT * 0.75)
+    labels = alt.Chart(data(medians)).mark_text(baseline="bottom", dy=-8, fontSize=13).encode(
+        x, y, text=alt.Text("median:Q", format=".3~r")
+    )  # fmt: skip
+    return layered(bars, dots, labels, height=HEIGHT * 0.75)
 
 
-def of_study(name: str, title: str, figures: Sequence[tuple[str, Any, bool]]) -> list[Figure]:
-    """List the figures of one study: name of the file, function, and whether it also takes the rows of epochs."""
-    return [
-        Figure(file, title, (f"{name}.csv", f"{name}_epochs.csv") if with_epochs else (f"{name}.csv",), partial(draw))
-        for file, draw, with_epochs in figures
-    ]
+# ---- which study has which ----
+
+EVERY_SEED = Kind("", "Every seed, mean and 95 % interval", every_seed)
+PARALLEL = Kind("parallel", "Parallel coordinates of all runs", parallel, room=58)
+SCHEDULES_COMPARED = (
+    Kind("time", "Accuracy against training time", accuracy_over_time),
+    Kind("epochs", "Accuracy over epochs", accuracy_over_epochs, epochs=True),
+    Kind("throughput", "Throughput by stage", throughput, epochs=True),
+)
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "reproduce": SCHEDULES_COMPARED,
+    "staged_192px": SCHEDULES_COMPARED,
+    "epochs": (EVERY_SEED, Kind("time", "Accuracy against training time", accuracy_over_time), PARALLEL),
+    "dropout": (EVERY_SEED, PARALLEL),
+    "image_size": (EVERY_SEED, PARALLEL),
+    "ra_magnitude": (
+        Kind("", "RandAugment magnitude by image size", by_magnitude),
+        Kind("conditions", "Every seed, mean and 95 % interval", every_seed),
+    ),
+    "transfer": (Kind("", "From scratch or trained weights", by_data_set),),
+}
+NAMES = {("reproduce", "epochs"): "ImageNetTE-EfficientNetV2-S"}  # as the original study called it
+
+
+def study_figures(results: str) -> list[StudyFigure]:
+    """List the figures of all studies that have rows in the folder `results`; one that is not known has the usual two."""
+    figures = []
+    for study in studies_in(results):
+        content = study_file(study)
+        for kind in KINDS.get(study.removesuffix("_small"), (EVERY_SEED, PARALLEL)):
+            name = NAMES.get((study, kind.end), "_".join(filter(None, (study, kind.end))))
+            sources = [os.path.join(results, f"{study}.csv")]
+            if kind.epochs:
+                sources.append(os.path.join(results, f"{study}_epochs.csv"))
+                if not os.path.exists(sources[-1]):
+                    continue
+            place, subtitle = f"{study} {kind.end}".strip(), str(content.get("title", study))
+            figures.append(StudyFigure(name, kind.title, place, subtitle, tuple(sources), kind))
+    return figures
+
+
+def studies_in(results: str) -> list[str]:
+    """List the studies that have rows, by the head of their file; rows of epochs, means and differences have another."""
+    found = []
+    for file in sorted(os.listdir(results)) if os.path.isdir(results) else []:
+        name, kind = os.path.splitext(file)
+        if kind == ".csv":
+            with open(os.path.join(results, file), encoding="utf-8", newline="") as text:
+                lines = csv.reader(text)
+                if is_complete(next(lines, [])) and next(lines, None):
+                    found.append(name)
+    return found

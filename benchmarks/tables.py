@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from gpu_rows import by_card, measures, read_rows  # noqa: E402
 
-from Graphs.draw import markdown, write_tables  # noqa: E402
+from Graphs.marks import markdown, write_tables  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"

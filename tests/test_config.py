@@ -9,7 +9,6 @@ import torch
 import yaml
 from programs import ROOT, honest_program
 
-from Graphs import draw
 from images.workers import closing_loader
 from learning.models import check_model
 from settings import resolve as resolving
@@ -301,49 +300,6 @@ def test_a_mistake_in_a_process_of_its_own_is_one_line():
     done = honest_program("--config", "configs/quickstart.yaml", "--dropuot", "0.1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown setting --dropuot; did you mean --dropout?\n"
-
-
-def readme_commands():
-    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if "train.py" in line]
-
-
-def test_every_readme_command_parses():
-    commands = readme_commands()
-    assert len(commands) >= 8
-    for command in commands:
-        flags = command.split("train.py", 1)[1].split()
-        flags = [flag.replace("runs/imagenette_s/model_best.pth", "README.md") for flag in flags]
-        resolve([flag for flag in flags if flag not in ("&&",)])
-
-
-def test_make_targets_of_the_readme_exist():
-    readme = (ROOT / "README.md").read_text()
-    for target in set(re.findall(r"^make (\w+)", readme, re.M)):
-        assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0, target
-
-
-@pytest.mark.parametrize("page", draw.PAGES)
-def test_tables_are_what_a_tool_writes(page):
-    """`python -m Graphs.draw` would change nothing."""
-    text = (ROOT / page).read_text()
-    for name, table in draw.PAGES[page].items():
-        assert draw.with_table(text, name, table()) == text
-
-
-def test_a_page_without_marks_for_a_table_is_refused():
-    text = "before\n<!-- table a -->\nold\n<!-- end of table -->\nafter"
-    assert draw.with_table(text, "a", "new") == "before\n<!-- table a -->\nnew\n<!-- end of table -->\nafter"
-    with pytest.raises(ValueError, match="0 places for the table b"):
-        draw.with_table(text, "b", "new")
-
-
-def test_tables_show_what_is_known_by_hand():
-    """Table 6 of the paper, column S, in the README, and a run whose figures were noted."""
-    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
-    assert "| 1 | 88-174 | 185 | 8.333 | 0.1667 |" in readme and "| 3 | 262-348 | 300 | 15 | 0.3 |" in readme
-    assert "| [imagenette_b0_fixed](../results/imagenette_b0_fixed/config.yaml) | 128 | 4 | 63.62 |" in page
 
 
 class Refused(ConfigError):

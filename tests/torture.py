@@ -34,7 +34,7 @@ from programs import SMALL, Forked, end_all, environment, wait_until  # noqa: E4
 from runs import assert_same_bits, make_tree, metrics  # noqa: E402
 from tortured import FORMS, SMALL_SHM, Count, Form, form, kill  # noqa: E402
 
-from Graphs.draw import markdown, write_tables  # noqa: E402
+from Graphs.marks import markdown, write_tables  # noqa: E402
 from learning.checkpoint import Checkpoint, Damaged, read_safely  # noqa: E402
 from learning.weights import read_weights  # noqa: E402
 from reporting.records import commit  # noqa: E402
