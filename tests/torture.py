@@ -64,7 +64,8 @@ def struck(name: str, seconds: float, number: int, row: Count, most: int) -> Non
                     done = True
                     break
                 row.note({-number: "killed", 999: "would not end"}.get(codes[0], f"status {codes[0]}"))
-                if not set(codes) <= wanted or "Traceback" in printed:
+                # Workers whose program was killed may say that they miss it.
+                if not set(codes) <= wanted or ("Traceback" in printed and number != signal.SIGKILL):
                     row.spoil(f"{name}: statuses {codes}: {printed[-400:]}")
                 elif number != signal.SIGKILL and time.monotonic() - at > 10 + runs.seconds:
                     row.spoil(f"{name}: ended after {time.monotonic() - at:.0f} s")
