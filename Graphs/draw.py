@@ -48,7 +48,7 @@ def results_table() -> str:
     """Build the table of the finished runs in `results/`, one folder each, from their own files."""
     rows = []
     folder = os.path.join(ROOT, "results")
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):  # beside the rows of studies
         summary = RunFolder(os.path.join(folder, name)).summary()
         if summary is None:
             continue

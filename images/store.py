@@ -143,11 +143,14 @@ class StoredImages:
         count as this process's memory.
         """
         buffer = np.empty(int((3 * self.index["height"] * self.index["width"]).max()), np.uint8)
-        bar = tqdm(self.index, "checking the decode cache", unit="images", delay=2, leave=False, disable=None)
+        parts = range(0, len(self), 2**16)  # of the index, a list of which would take 300 MB for 1.3 million images
+        rows = (row for at in parts for row in self.index[at : at + 2**16].tolist())
+        title = "checking the decode cache"
+        bar = tqdm(rows, title, len(self), unit="images", delay=2, leave=False, disable=None)
         with io.FileIO(self.path) as file:
             for i, (offset, height, width, expected) in enumerate(bar):
-                pixels = buffer[: 3 * int(height) * int(width)]
-                file.seek(HEADER + int(offset))
+                pixels = buffer[: 3 * height * width]
+                file.seek(HEADER + offset)
                 if file.readinto(pixels.data) != pixels.size or checksum(pixels, i) != expected:
                     return True
         return False

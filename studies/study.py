@@ -136,10 +136,13 @@ def read_study(path: str, folder: str, extra: Sequence[str] = ()) -> Study:
     for one in conditions:
         if slugs.count(slug(one)) > 1:
             raise ConfigError(f"{path}: condition {one!r} has the same folder name as another ({slug(one)}); rename it")
+    common = content.get("settings") or {}
+    if not isinstance(common, dict):
+        raise ConfigError(f"{path}: settings must map names to values, got {common!r}")
     runs: dict[tuple[str, int], Run] = {}
     for seed in seeds:  # seed by seed, so that a study cut short has all conditions
         for condition in in_order(conditions, path):
-            settings = {**(content.get("settings") or {}), **conditions[condition]}
+            settings = {**common, **conditions[condition]}
             runs[condition, seed] = make_run(path, folder, content, condition, seed, settings, extra, runs)
     title = str(content.get("title", name))
     return Study(name, title, control, list(runs.values()), metrics, controls, differing(runs.values()))
@@ -251,6 +254,8 @@ def make_run(
     """Resolve and check one run of a study."""
     where = f"{path}: condition {condition}: "
     base, held_out = settings.pop("base", content.get("base")), settings.pop("held_out", None)
+    if not isinstance(held_out, str | None):
+        raise ConfigError(f"{where}held_out must name a folder, got {held_out!r}")
     source_name = source_of(settings)
     source = None
     if source_name is not None:

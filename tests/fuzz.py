@@ -187,19 +187,20 @@ def repeat(count, number, *strategies):
 
 
 def fuzz_settings(count, number=0):
-    """YAML files and command lines, alone and together."""
+    """YAML files and command lines: each file alone, each command line alone, and both together."""
     counts = Counter()
     build_parser, sources.build_parser = sources.build_parser, functools.cache(sources.build_parser)
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "mine.yaml"
 
-            @repeat(count, number, FILES, FLAGS, st.sampled_from(["file", "flags", "both"]))
-            def _(content, flags, which):
+            @repeat(-(-count // 3), number, FILES, FLAGS)
+            def _(content, flags):
                 path.write_bytes(content)
-                argv = ["--config", str(path)] if which != "flags" else []
-                with judged(counts):
-                    take(argv + (flags if which != "file" else []))
+                file = ["--config", str(path)]
+                for argv in (file, flags, file + flags):
+                    with judged(counts):
+                        take(argv)
     finally:
         sources.build_parser = build_parser
     return counts

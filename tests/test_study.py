@@ -99,6 +99,9 @@ def test_rows_are_known_by_what_shapes_a_run_and_not_by_place_or_seed(write):
         ("conditions: {a: {seed: 1}}", "", r"condition a: seed is what the sweep says itself"),
         ("conditions: {a: {model: resnet99}}", "", r"condition a: .*resnet99"),
         ("conditions: {a: 3}", "", r"condition a must hold settings, got 3"),
+        ("conditions: {a: {}}\nsettings: 3", "", r"settings must map names to values, got 3"),
+        ("conditions: {a: {held_out: [x]}}", "", r"condition a: held_out must name a folder, got \['x'\]"),
+        ("conditions: {a: {control: z}}", "", r"control 'z' is none of the conditions: a"),
         ("conditions: {a: {}}\nseeds: 3", "", r"seeds must be a list of whole numbers, got 3"),
         ("conditions: {a: {}}\nseeds: [1, 1]", "", r"a seed stands twice in \[1, 1\]"),
         ("conditions: {a: {}}\nmetric: f1", "", r"metric must be one of top1, top1_ema, best_top1, held_out_top1, auc, got 'f1'"),
@@ -154,14 +157,16 @@ STUDIES = {  # conditions, seeds; the original study's limits and the controls i
     "image_size_small": (["64 → 128", "64 → 96", "96 → 128", "64 → 160", "96 → 160", "128 → 160", "128 throughout"], 3),
     "ra_magnitude_small": (9, 3),
     "transfer_small": (25, 3),
+    "staged_192px": (["progressive", "fixed", "fixed, same time"], 3),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_study_of_the_repository_plans_what_it_should(name, monkeypatch, capsys):
+def test_every_study_of_the_repository_plans_what_it_should(name, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
-    options = sweep.read_options([f"configs/studies/{name}.yaml", "--plan", "--", "--data-path", "nowhere"])
-    assert sweep.main(*options) == 0  # without data
+    without_rows = ["--results", str(tmp_path)]
+    options = [f"configs/studies/{name}.yaml", "--plan", *without_rows, "--", "--data-path", "nowhere"]
+    assert sweep.main(*sweep.read_options(options)) == 0  # without data
     conditions, seeds = STUDIES[name]
     printed = capsys.readouterr().out
     found = re.findall(rf"^(.*\S) +{seeds}  +[\d-]+ +\d+ +[\d.]+$", printed, re.MULTILINE)
