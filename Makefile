@@ -3,7 +3,7 @@
 # make test-all    those, and the tests of the double of ClearML's server that they lean on
 # make rehearse    the script for half an hour on a GPU, tiny and on the CPU: three minutes
 # make torture     kills, flipped bits, signals and faults, counted: some minutes, or as many as MINUTES says
-# make fuzz        100,000 settings and 6,000 damaged files, a quarter of an hour; counts into results/
+# make fuzz        100,000 settings and 8,000 damaged files, a quarter of an hour; counts into results/
 # make lint        formatting, lint, types, the order of the floors
 
 PYTHON ?= python3

@@ -3,7 +3,7 @@
     python tests/fuzz.py --settings 100000 --files 2000     # a quarter of an hour; counts into results/reliability_data.json
 
 `test_fuzz.py` runs a few hundred of them. Every example is judged: a settings file that is taken must be written down
-and read back the same; a damaged store or kept list must be refused or hold what it held; an image must be decoded, by
+and read back the same; a damaged store, kept list or checkpoint must be refused or hold what it held; an image must be decoded, by
 every way a run has, or be refused by its name. An error that is no ConfigError, or not one line, fails.
 """
 
@@ -30,12 +30,15 @@ import yaml  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from PIL import Image  # noqa: E402
+from runs import assert_same_bits  # noqa: E402
 
 from images import listing, store_build  # noqa: E402
 from images.datasets import ImageTree  # noqa: E402
 from images.sources import CroppedImages  # noqa: E402
 from images.store import HEADER, open_store  # noqa: E402
+from learning.checkpoint import Checkpoint  # noqa: E402
 from learning.models import check_model  # noqa: E402
+from learning.weights import read_weights  # noqa: E402
 from presets import BatchPreset, eval_preset, train_preset  # noqa: E402
 from settings import sources  # noqa: E402
 from settings.errors import ConfigError  # noqa: E402
@@ -287,14 +290,38 @@ def fuzz_lists(count, number=0):
     return counts
 
 
-KINDS = {"settings": fuzz_settings, "images": fuzz_images, "stores": fuzz_stores, "lists": fuzz_lists}
+def fuzz_checkpoints(count, number=0):
+    """A run's checkpoint, damaged, to resume from and to take weights from: refused, or every number is what it was."""
+    counts = Counter()
+    content = (ROOT / "tests" / "data" / "run_of_2026_11" / "checkpoint.pth").read_bytes()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of pickles in odd states
+        path = Path(folder) / "checkpoint.pth"
+        ways = (lambda: Checkpoint.load(str(path)).to_dict(), lambda: read_weights("resnet18", str(path)))
+        path.write_bytes(content)
+        expected = [way() for way in ways]
+
+        @repeat(-(-count // 2), number, CUTS)
+        def _(cuts):
+            path.write_bytes(damage(content, cuts))
+            for way, whole in zip(ways, expected):
+                with judged(counts, path):
+                    assert_same_bits(way(), whole)
+
+    return counts
+
+
+KINDS = {
+    "settings": fuzz_settings, "images": fuzz_images, "stores": fuzz_stores, "lists": fuzz_lists,
+    "checkpoints": fuzz_checkpoints,
+}  # fmt: skip
 
 
 def main():
     """Run them all, shared among processes, and write a row for each: what, how many, and how they ended."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--settings", type=int, default=100_000, help="files and command lines")
-    parser.add_argument("--files", type=int, default=2000, help="damaged images; as many stores, and lists")
+    parser.add_argument("--files", type=int, default=2000, help="damaged images; as many stores, lists and checkpoints")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; each has examples of its own")
     parser.add_argument("--out", default=str(ROOT / "results" / "reliability_data.json"))
     options = parser.parse_args()

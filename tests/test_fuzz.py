@@ -4,7 +4,9 @@ import fuzz
 import pytest
 
 
-@pytest.mark.parametrize(("kind", "count"), [("settings", 250), ("images", 100), ("stores", 100), ("lists", 60)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("settings", 250), ("images", 100), ("stores", 100), ("lists", 60), ("checkpoints", 60)]
+)
 def test_each_is_taken_or_refused_in_one_line(kind, count):
     counts = fuzz.KINDS[kind](count)
     assert counts.total() >= count and counts["refused"] > count / 4 and counts["taken"] > 0
