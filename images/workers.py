@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,10 @@ def ignore_signals(worker: int) -> None:
     """Ignore SIGINT and SIGTERM in a worker process.
 
     Ctrl-C and a scheduler's SIGTERM reach the whole group of processes. The training process decides what to do, and
-    still needs its workers for the step it is in. Of a bus error torch would print its guess, which is one of two.
+    still needs its workers for the step it is in. Of a bus error torch would print its guess, which is one of two, and
+    of a batch that is not fetched any more Python a traceback; what fails in a worker's own work goes another way.
     """
+    sys.excepthook = lambda *_: None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if hasattr(signal, "SIGBUS"):

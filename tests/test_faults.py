@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import SMALL, popen
+from programs import ROOT, SMALL, popen
 from runs import assert_same_bits, checkpoint, make_tree, metrics, start
 
 import images.workers
@@ -372,3 +372,13 @@ def test_whole_numbers_of_images_and_pixels(tree, tmp_path, capsys):
     for flag in ("--batch-size", "--train-crop-size"):
         assert start(tree, tmp_path / "run", flag, "32.7") == 2
         assert told(capsys) == f"error: {flag[2:].replace('-', '_')} must be whole numbers, got 32.7"
+
+
+def test_the_page_has_the_counts_of_the_last_torture(tmp_path, monkeypatch):
+    import torture
+
+    page = tmp_path / "reliability.md"
+    page.write_text(torture.PAGE.read_text())
+    monkeypatch.setattr(torture, "PAGE", page)
+    assert torture.main(["--write"]) == 0
+    assert page.read_text() == (ROOT / "docs" / "reliability.md").read_text()
