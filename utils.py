@@ -128,9 +128,7 @@ class Runtime:
 
     @cached_property
     def side_stream(self) -> torch.cuda.Stream | None:
-        """The stream in which images are prepared; None without a CUDA device. One for all loaders, which so use the same
-        memory one after the other.
-        """
+        """The stream in which images are prepared, one for all loaders; None without a CUDA device."""
         return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def aside(self, prepare: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -171,10 +169,7 @@ class Runtime:
         return values
 
     def any(self, wish: bool) -> bool:
-        """Check whether any process has the wish; all must ask at the same point.
-
-        The device is not involved.
-        """
+        """Check whether any process has the wish; as `largest`."""
         return bool(self.largest(int(wish)))
 
     def largest(self, number: int) -> int:
