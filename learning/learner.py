@@ -1,5 +1,6 @@
 """The learner: the model, its EMA and optimizer, and the one step that they take together."""
 
+import inspect
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -18,6 +19,13 @@ from learning.state import RunState
 from settings.errors import ConfigError, first_line
 from settings.table import Config
 from utils import Runtime
+
+# The name of DistributedDataParallel's setting, since torch 2.14 and before.
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class Learner:
@@ -52,7 +60,7 @@ class Learner:
             self.eager = DistributedDataParallel(
                 model,
                 device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
-                broadcast_buffers=False,  # `share_buffers` does so once, before an evaluation
+                **{SYNC_BUFFERS: False},  # type: ignore[arg-type]  # `share_buffers` does so once, before an evaluation
             )
         # Not dynamic: a last batch of another size would replace the variant for full ones by a slower one for any size.
         self.net: nn.Module = torch.compile(self.eager, dynamic=False) if compiled else self.eager  # type: ignore[assignment]
