@@ -12,6 +12,7 @@ from torchvision.models import get_model
 
 from learning.optim import build_optimizer, learning_rate_schedule, parameter_groups, set_learning_rate
 from learning.state import RunState
+from learning.stop import Stop
 from settings.resolve import resolve
 from train import train_one_epoch
 from utils import Runtime
@@ -135,7 +136,7 @@ def rates_of_one_epoch(flags, epoch, steps=4):
     learner = SimpleNamespace(runtime=runtime, ema=None, net=nn.Identity(), model=None, optimizer=optimizer, step=step)
     progress = SimpleNamespace(title="a test", step=lambda step, losses: None)
     assert train_one_epoch(
-        learner, Loader(), RunState(epoch=epoch), learning_rate_schedule(config), progress, lambda step: False
+        learner, Loader(), RunState(epoch=epoch), learning_rate_schedule(config), progress, Stop(runtime)
     )
     return rates
 
