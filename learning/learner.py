@@ -206,6 +206,10 @@ def build_learner(
         clip_grad_norm=config.clip_grad_norm,
         compiled=config.compile,
         # With several processes DDP's exchange of gradients is part of the backward pass, and stays outside of graphs.
-        graphed=config.cuda_graphs == "auto" and runtime.device.type == "cuda" and runtime.world_size == 1,
+        # Whether compiled kernels give the same numbers within a graph has not been seen.
+        graphed=config.cuda_graphs == "auto"
+        and runtime.device.type == "cuda"
+        and runtime.world_size == 1
+        and not config.compile,
     )
     return learner, loaded
