@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from settings.errors import RunError
 from utils import Runtime
@@ -64,6 +65,8 @@ class Loader(DataLoader):
             return super().__iter__()
         main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
         handler = signal.getsignal(signal.SIGCHLD) if main else None
+        if getattr(handler, "__module__", "") == signal_handling.__name__:  # another DataLoader has set it
+            handler = signal.SIG_DFL
         with signals_held():
             iterator = super().__iter__()
         if main:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from programs import ROOT, SMALL, popen
 from runs import assert_same_bits, checkpoint, make_tree, metrics, start
+from torch.utils.data import DataLoader
 
 import images.workers
 import reporting.log
@@ -230,6 +231,7 @@ def test_workers_that_are_gone_or_halted_end_the_run_saved(tree, whole, tmp_path
     monkeypatch.setattr(images.workers, "LOOK_EVERY", 0.5)
     monkeypatch.setattr(images.workers, "PATIENCE", 1.0)
     out = tmp_path / "run"
+    list(DataLoader([0], num_workers=1))  # of others: it leaves torch's handler of SIGCHLD, which raises anywhere
     with monkeypatch.context() as patch:
         at_call(patch, Learner, "step", lambda: send_to_workers(number), 2 + 4)  # two rehearsed; the first of epoch 2
         assert start(tree, out, *TWO, "--workers", "1") == 1
