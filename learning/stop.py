@@ -1,8 +1,10 @@
 """The wish to stop: signals, a time budget, workers that fail, and what is made of them."""
 
+import _thread
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -25,6 +27,14 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, reason: str, resumable: bool):
         super().__init__(reason)
         self.resumable = resumable
+
+
+def signal_main(number: int) -> None:
+    """Send a signal to the main thread, which ends what it waits for."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:  # Windows
+        _thread.interrupt_main(signal.Signals(number))
 
 
 class Stop:
@@ -61,11 +71,13 @@ class Stop:
         bell.setblocking(False)
         self.bell, self.bell_before = bell, signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self.watch, daemon=True).start()
+        self.hook_before, sys.unraisablehook = sys.unraisablehook, self.on_unraisable
         for number in (signal.SIGINT, signal.SIGTERM):
             self.previous[number] = signal.signal(number, self.on_signal)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        sys.unraisablehook = self.hook_before
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.bell_before)
@@ -106,6 +118,14 @@ class Stop:
         if (not self.patient and first) or (number == signal.SIGINT and not first):  # a second SIGTERM hinders no end
             raise Interrupted(name, self.resumable)
         self.say_so("stopping after this step, the run will be saved; Ctrl-C again ends it at once")
+
+    def on_unraisable(self, fault: Any) -> None:
+        """Have a signal heard again whose exception was raised where Python lets none out: in a weak reference's callback."""
+        if not isinstance(fault.exc_value, Interrupted):
+            self.hook_before(fault)
+            return
+        number, self.signal = self.signal, 0
+        threading.Timer(0.01, signal_main, [number]).start()  # not at once: that would be in here
 
     def ask(self, reason: str) -> None:
         """Have training end, saved; may be called from any thread of rank 0."""

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -141,3 +143,21 @@ def test_workers_that_fail_end_the_steps_of_one_process_and_all_of_several(world
     else:
         with pytest.raises(RunError, match="worker 7"):
             list(stop.while_they_come(batches()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_callback_that_lets_no_error_out_is_heard_after_it(number, capfd):
+    class Thing:
+        pass
+
+    def gone(reference):
+        os.kill(os.getpid(), number)
+        sum(range(1000))  # Python looks for signals between instructions
+
+    thing = Thing()
+    reference = weakref.ref(thing, gone)
+    with pytest.raises(Interrupted, match=f"signal {number.name}"), Stop(CPU, patient=False):
+        del thing
+        assert reference() is None
+        threading.Event().wait(60)  # the signal ends it
+    assert "Traceback" not in capfd.readouterr().err
