@@ -1,6 +1,7 @@
 """Work in threads, with a limit: training never waits for a server that is gone."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -59,7 +60,9 @@ def exit_now(code: int) -> NoReturn:
     """End the program with status `code`, as sys.exit does unless a thread was abandoned.
 
     In that case the process ends at once: Python's own end would wait for threads, and so for a server that is gone.
+    A Ctrl-C has nothing more to stop, and is not heard: it would print where in Python's own end it came.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if abandoned:
         for stream in (sys.__stdout__, sys.__stderr__):
             if stream is not None:
