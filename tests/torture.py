@@ -292,7 +292,10 @@ def faults(seconds: float) -> Iterator[Count]:
 def stages(seconds: float) -> Iterator[Count]:
     """Change the stage again and again, with a worker in each; memory, handles and processes must not grow."""
     number = min(1000, max(50, round(2 * seconds)))
-    row = Count("changes of the stage in one run", "memory, handles and processes as after the first tenth")
+    row = Count(
+        "changes of the stage in one run, its report drawn at the end",
+        "memory, handles and processes as after the first tenth",
+    )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         tree, out = make_tree(Path(folder) / "images", (("train", 2), ("val", 1))), Path(folder) / "run"
         flags = [
@@ -307,7 +310,7 @@ def stages(seconds: float) -> Iterator[Count]:
             str(number),
         ]
         flags += "--train-crop-size 32 40 --dropout 0 0.3 --workers 1 --batch-size 4 --decode-cache off --checkpoint-every 1000".split()
-        process = Forked("train.py", flags, environment())
+        process = Forked("tests/unreported.py", flags, environment())
         seen, own = {}, psutil.Process(process.pid)
         while process.poll() is None:
             with suppress(psutil.Error, OSError):
