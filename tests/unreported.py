@@ -2,8 +2,6 @@
 
 import sys
 
-import tiny  # noqa: F401, makes its model known
-
 import reporting.log
 import train
 from tracking.deadline import exit_now
