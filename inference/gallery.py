@@ -78,6 +78,7 @@ class Gallery:
             shown=len(self.heap),
             gradcam=self.gradcam is not None,
             counts=counts,
+            num_classes=len(self.trained.classes),
             cards=self.cards(),
             num_bad=self.num_bad,
             bad=[(printable(prediction.path), prediction.fault) for prediction in self.bad],
@@ -100,7 +101,6 @@ class Gallery:
                 picture, fault, _ = pictures[i]
                 yield {
                     "path": printable(prediction.path),
-                    "name": printable(os.path.basename(prediction.path)),
                     "picture": picture,
                     "fault": fault,
                     "overlay": overlays.get(i),

@@ -59,7 +59,7 @@ class JsonLines:
         return json.dumps({"image": prediction.path, "predictions": found}) + "\n"
 
 
-FORMATS = {"csv": Csv, "jsonl": JsonLines}
+FORMATS: dict[str, type[Csv] | type[JsonLines]] = {"csv": Csv, "jsonl": JsonLines}
 
 
 class Output:
@@ -99,8 +99,8 @@ def opened(path: str | None) -> Iterator[Output]:
         RunError: the file cannot be written.
     """
     if path is None:
-        with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as file:
-            yield Output(file, "standard output")
+        with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as stdout:
+            yield Output(stdout, "standard output")
         return
     try:
         with naming_fault(path):
