@@ -78,26 +78,31 @@ def train_briefly(files: Sequence[Path], folder: Path, args: argparse.Namespace)
     return str(folder / "run")
 
 
+def rates(count: int, started: float, cpu_before: float | None, workers: int) -> common.Measures:
+    """Compute images per second, by the clock and by the processor time of the process and its workers, since then."""
+    seconds, cpu_after = time.perf_counter() - started, common.cpu_seconds(workers)
+    spent = None if cpu_before is None or cpu_after is None else cpu_after - cpu_before
+    return {"images_per_second": count / seconds, "images_per_cpu_second": count / spent if spent else None}
+
+
 def time_evaluate(trained: Trained, folder: Path, args: argparse.Namespace) -> common.Measures:
     """Evaluate all images as train.py does."""
+    started, cpu_before = time.perf_counter(), common.cpu_seconds(args.workers)
     config = replace(trained.config, workers=args.workers, batch_size=(args.batch_size,))
     images = ImageTree(str(folder))
     with closing_loader(eval_loader(config, Data(images, images), trained.runtime, trained.image_size)) as loader:
-        started = time.perf_counter()
         score = evaluate({"model": trained.model}, loader, nn.CrossEntropyLoss(), trained.runtime)["model"]
-        seconds = time.perf_counter() - started
     assert score.num_images == args.images
-    return {"images_per_second": args.images / seconds}
+    return rates(args.images, started, cpu_before, args.workers)
 
 
 def time_predict(trained: Trained, folder: Path, args: argparse.Namespace) -> common.Measures:
     """Predict all images as predict.py does."""
-    started = time.perf_counter()
+    started, cpu_before = time.perf_counter(), common.cpu_seconds(args.workers)
     predicting = predict(trained, names_of([str(folder)]), top=1, batch_size=args.batch_size, workers=args.workers)
     count = sum(map(len, predicting))
-    seconds = time.perf_counter() - started
     assert count == args.images
-    return {"images_per_second": args.images / seconds}
+    return rates(args.images, started, cpu_before, args.workers)
 
 
 def predict_all(words: Sequence[str]) -> int:
@@ -152,7 +157,7 @@ def main(args: argparse.Namespace) -> list[common.Measures]:
     common.print_table(
         rows[:2],
         {"way": "way", "model": "model", "image_size": "size, px", "images_per_second": "images/s",
-         "times_evaluate": "x evaluate"},
+         "images_per_cpu_second": "images/CPU s", "times_evaluate": "x evaluate"},
     )  # fmt: skip
     common.print_table(
         rows[2:],

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 
 from settings.errors import ConfigError
@@ -90,6 +91,8 @@ def check_effects(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect without {needed}; give both or neither")
     if options.images.count(STDIN) > 1:
         raise ConfigError("- stands for standard input, which can be read once; give it once")
+    if STDIN in options.images and sys.stdin is None:
+        raise ConfigError("- stands for standard input, which is closed; give names, or leave it out")
     if options.gradcam and importlib.util.find_spec("pytorch_grad_cam") is None:
         raise ConfigError("--gradcam needs the package grad-cam; install it (pip install grad-cam) or leave it out")
 
@@ -100,10 +103,13 @@ def check_places(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path is None:
             continue
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            raise ConfigError(
-                f"--{name} {path}: {'it is a folder' if os.path.isdir(path) else 'no such folder'}; give a file"
-            )
+        fault = None
+        if os.path.exists(path) and not os.path.isfile(path):  # a device would be replaced by a file
+            fault = "is no file"
+        elif not os.path.isdir(os.path.dirname(path) or "."):
+            fault = "is in no folder that is there"
+        if fault is not None:
+            raise ConfigError(f"--{name} {path} {fault}; give the path of a file to write")
         if os.path.exists(path) and not options.overwrite:
             raise ConfigError(f"--{name} {path} is there already; give another, or --overwrite to replace it")
     if options.output and options.gallery and os.path.realpath(options.output) == os.path.realpath(options.gallery):

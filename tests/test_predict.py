@@ -420,8 +420,9 @@ def test_mistakes_are_one_line(two, tmp_path, capfd):
         ([two, images, "--sort-by", "link"], "--sort-by has no effect without --sort"),
         ([two, images, "--null"], "--null has no effect without -"),
         ([two, "-", "-"], "give it once"),
-        ([two, images, "--output", tmp_path / "none" / "x.csv"], "no such folder"),
-        ([two, images, "--gallery", tmp_path], "it is a folder"),
+        ([two, images, "--output", tmp_path / "none" / "x.csv"], "is in no folder that is there"),
+        ([two, images, "--gallery", tmp_path, "--overwrite"], "is no file"),
+        ([two, images, "--output", "/dev/null", "--overwrite"], "is no file"),
         ([two, images, "--sort", tmp_path / "full"], "new or empty"),
         ([two, images, "--sort", images / "sorted"], "lies in"),
     ]:
