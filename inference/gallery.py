@@ -18,7 +18,7 @@ from torch import Tensor
 from augment.pixels import to_rgb
 from images.verify import open_image, reason_of
 from inference.gradcam import GradCam
-from inference.predictions import Prediction
+from inference.predictions import Prediction, quietly
 from inference.rows import opened
 from inference.trained import Trained
 from settings.errors import printable
@@ -92,11 +92,11 @@ class Gallery:
         least = iter([prediction for *_, prediction in sorted(self.heap, reverse=True)])
         while batch := list(islice(least, AT_ONCE)):
             pictures = [self.pictures(prediction) for prediction in batch]
-            seen = [i for i, (_, _, tensor) in enumerate(pictures) if tensor is not None]
+            given = {i: tensor for i, (_, _, tensor) in enumerate(pictures) if tensor is not None}
             overlays: dict[int, str] = {}
-            if self.gradcam is not None and seen:
-                drawn = self.gradcam.overlays([pictures[i][2] for i in seen], [batch[i].classes[0] for i in seen])
-                overlays = dict(zip(seen, map(as_data, drawn)))
+            if self.gradcam is not None and given:
+                drawn = self.gradcam.overlays([*given.values()], [batch[i].classes[0] for i in given])
+                overlays = dict(zip(given, map(as_data, drawn)))
             for i, prediction in enumerate(batch):
                 picture, fault, _ = pictures[i]
                 yield {
@@ -110,17 +110,15 @@ class Gallery:
                     ],
                 }
 
-    def pictures(self, prediction: Prediction) -> tuple[str | None, str, Any]:
+    def pictures(self, prediction: Prediction) -> tuple[str | None, str, Tensor | None]:
         """Read an image again: its picture, or why there is none, and what the model is given, for Grad-CAM."""
         try:
-            with open_image(prediction.path) as image:
-                tensor: Tensor | None = None
+            with quietly(), open_image(prediction.path) as image:
                 if self.gradcam is None:
                     image.draft(None, (2 * SIDE, 2 * SIDE))  # a JPEG is decoded no larger than it needs to be
                     return as_data(to_rgb(image)), "", None
                 image = to_rgb(image)
-                tensor = self.trained.transform(image)
-                return as_data(image), "", tensor
+                return as_data(image), "", self.trained.transform(image)
         except Exception as error:  # gone or changed meanwhile
             return None, reason_of(error), None
 

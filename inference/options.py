@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from settings.errors import ConfigError
 from settings.sources import Parser
@@ -118,9 +119,9 @@ def check_places(options: argparse.Namespace) -> None:
         return
     if os.path.exists(options.sort) and not (os.path.isdir(options.sort) and not os.listdir(options.sort)):
         raise ConfigError(f"--sort {options.sort} is there already; give a folder that is new or empty")
-    place = os.path.realpath(options.sort)
+    place = Path(os.path.realpath(options.sort))
     for path in options.images:  # it would be read while it is filled, without end
-        if os.path.isdir(path) and os.path.commonpath([place, os.path.realpath(path)]) == os.path.realpath(path):
+        if os.path.isdir(path) and place.is_relative_to(os.path.realpath(path)):
             raise ConfigError(
                 f"--sort {options.sort} lies in {path}, whose images are read; give a folder outside of it"
             )

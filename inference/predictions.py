@@ -3,6 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,14 @@ class Prediction:
     probabilities: tuple[float, ...] = ()
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Print no warnings within the block: PIL's are of large images and broken tags, which are read all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class NamedImages(Dataset):
     """Image files, loaded a batch of names at a time, as the model takes them; of those that cannot be read, why."""
 
@@ -45,8 +54,7 @@ class NamedImages(Dataset):
 
     def __getitems__(self, names: list[Named]) -> Loaded:
         images, faults = [], []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's, of a large image or a broken tag: it is read all the same
+        with quietly():
             for path, fault in names:
                 try:
                     if not fault:
