@@ -21,7 +21,7 @@ import pytest
 import torch
 from pictures import noise, plain_colour
 from programs import ROOT, environment
-from runs import write_run
+from runs import start, write_run
 from torchvision import models
 from torchvision import transforms as v1
 
@@ -34,6 +34,7 @@ from inference.sorting import folder_names
 from inference.trained import open_run
 from learning.models import build_model
 from predict import run
+from reporting.folder import RunFolder
 from settings.errors import ConfigError
 
 
@@ -119,6 +120,17 @@ def test_answers_are_those_of_plain_torchvision(real, tmp_path, capfd, flags, re
         assert [found[name] for name in "abc"] == pytest.approx(wanted.tolist(), abs=1e-5)
         assert list(found.values()) == sorted(found.values(), reverse=True)
     assert len({row["predictions"][0]["probability"] for row in rows}) == 4
+
+
+def test_of_its_validation_images_it_says_what_the_run_s_own_evaluation_said(images, tmp_path, capfd):
+    assert start(images, tmp_path / "run", "--epochs", "3", "--val-resize-size", "40", "--decode-cache", "off") == 0
+    capfd.readouterr()
+    assert call(tmp_path / "run", images / "val", "--top", 1) == 0
+    confusion = np.zeros((2, 2), int)
+    for row in table(capfd.readouterr().out):
+        true = ["ant", "bee"].index(os.path.basename(os.path.dirname(row["image"])))
+        confusion[true, ["ant", "bee"].index(row["class_1"])] += 1
+    assert confusion.sum() == 10 and np.array_equal(confusion, RunFolder(str(tmp_path / "run")).confusion("best")[1])
 
 
 def test_names_of_any_bytes(two, tmp_path, capfd):
@@ -382,8 +394,11 @@ def test_the_last_feature_map_is_found(two, name, layer):
 
 
 def test_a_transformer_has_no_feature_map_and_one_size(two):
-    opened = replace(open_run(str(two), device="cpu"), model=models.vit_b_32(num_classes=2).eval(), image_size=224)
-    with pytest.raises(ConfigError, match=r"--gradcam: .* ends in no feature map at 224 px"):
+    model = models.VisionTransformer(
+        image_size=96, patch_size=32, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8, num_classes=2
+    )
+    opened = replace(open_run(str(two), device="cpu"), model=model.eval(), image_size=96)
+    with pytest.raises(ConfigError, match=r"--gradcam: .* ends in no feature map at 96 px"):
         last_feature_map(opened)
     check_size(opened)
     with pytest.raises(ConfigError, match=r"--image-size 64: .* cannot take images of that size .*height"):
