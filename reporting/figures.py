@@ -87,3 +87,40 @@ def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> str:
         colour = "white" if share[row, column] > 0.5 else "black"
         axis.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=colour)
     return as_svg(figure)
+
+
+def draw_reliability(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Draw how often images were right by how probable their class was said to be; below, how many images there are.
+
+    curves: counts, confidence and accuracy of bins of equal width, by the title they stand under
+    """
+    size = (4.0 * len(curves), 4.2)
+    figure, axes = plt.subplots(2, len(curves), figsize=size, squeeze=False, sharex=True, height_ratios=(3, 1))
+    for (upper, lower), (title, curve) in zip(axes.T, curves.items()):
+        counts = np.array(curve["counts"])
+        edges = np.arange(len(counts)) / len(counts)
+        for axis, heights in ((upper, curve["accuracy"]), (lower, counts)):
+            axis.bar(edges, heights, 1 / len(counts), align="edge", color=COLOURS["model"], edgecolor="white", lw=0.8)
+        upper.plot([0, 1], [0, 1], color=COLOURS["train"], lw=1, ls="--")
+        some = counts > 0
+        points = (np.array(curve[name])[some] for name in ("confidence", "accuracy"))
+        upper.plot(*points, color=COLOURS["ema"], marker="o", ms=3.5, lw=1.2)
+        upper.set(title=title, ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+        lower.set(xlabel="probability of the class named", ylabel="images")
+    return as_svg(figure)
+
+
+def draw_roc(curve: Mapping[str, Sequence[float]], area: float, chosen: tuple[float, float], positive: str) -> str:
+    """Draw the ROC curve of two classes.
+
+    chosen: false and true positive rate where the more probable class is named
+    positive: the class that is looked for
+    """
+    figure, axis = plt.subplots(figsize=(4.0, 3.8))
+    axis.plot([0, 1], [0, 1], color=COLOURS["train"], lw=1, ls="--")
+    false, true = curve["false_positive_rate"], curve["true_positive_rate"]
+    axis.plot(false, true, color=COLOURS["model"], lw=1.6, label=f"area {area:.4f}")
+    axis.plot(*chosen, color=COLOURS["ema"], marker="o", ls="none", label="the more probable class")
+    axis.set(xlabel=f"others called {positive}", ylabel=f"{positive} called so", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return as_svg(figure)
