@@ -82,7 +82,7 @@ def halves(targets: NDArray[np.int64], seed: int) -> tuple[Tensor, Tensor]:
 
     Returns: numbers of the images of each half, in order. The halves of all, and of every class, differ by one at most.
     """
-    order = np.lexsort((keys_to_seeds(seed, np.arange(len(targets)), HALF), targets))
+    order = np.lexsort((keys_to_seeds(seed, np.arange(len(targets), dtype=np.uint64), HALF), targets))
     one, other = np.sort(order[::2]), np.sort(order[1::2])
     return torch.from_numpy(one), torch.from_numpy(other)
 

@@ -154,10 +154,11 @@ class Score:
 
     def collect(self) -> "Score":
         """Bring the outputs of all processes to rank 0, in the order of the images; all must call this together."""
-        if self.runtime.any(self.outputs is None):  # the largest share alone was too many, say
+        own = self.outputs
+        if self.runtime.any(own is None) or own is None:  # the largest share alone was too many, say
             self.outputs = None
         elif self.runtime.world_size > 1:
-            parts = (self.outputs.logits.float(), self.outputs.targets, self.outputs.predicted)
+            parts = (own.logits.float(), own.targets, own.predicted)
             whole = [to_main(part, self.num_images, self.runtime) for part in parts]
             self.outputs = Outputs(*whole) if self.runtime.is_main else None
         return self

@@ -47,7 +47,9 @@ class Assessment:
     def calibration_figures(self) -> dict[str, Any] | None:
         """Convert the temperature and what came of it to plain values, for the summary."""
         found = self.calibration
-        return found and {
+        if found is None:
+            return None
+        return {
             "temperature": found.temperature,
             "ece_before": found.before.error,
             "ece_after": found.after.error,
@@ -70,7 +72,7 @@ def assess(score: Score, classes: Sequence[str], images: Images, seed: int) -> A
     confusion, outputs = score.confusion.numpy(), score.outputs
     if outputs is not None and not bool(torch.isfinite(outputs.logits).all()):
         outputs = None
-    calibration = outputs and calibrate(outputs, seed)
+    calibration = None if outputs is None else calibrate(outputs, seed)
     scores, roc = scores_of(confusion), None
     if outputs is not None and len(classes) == 2:
         found = receiver_operating(outputs.logits.float().numpy(), outputs.targets.numpy())

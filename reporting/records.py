@@ -93,7 +93,7 @@ def summarise(
         return rows
 
     # The final weights come from the last stage, the best ones perhaps not.
-    final = at_sizes("model")
+    final: dict[str, Any] = at_sizes("model")
     final["stage_size"] = final["last_training_size"]
     final |= scores_of(closing[sizes["test_size"]]["model"].confusion.numpy())
     weights = getattr(learner.training_loss, "weight", None)

@@ -161,6 +161,8 @@ STUDIES = {  # conditions, seeds; the original study's limits and the controls i
     "ra_magnitude_small": (9, 3),
     "transfer_small": (25, 3),
     "staged_192px": (["progressive", "fixed", "fixed, same time"], 3),
+    "class_weights": (["none", "effective number", "inverse frequency"], 5),
+    "class_weights_small": (["none", "effective number"], 4),
 }  # fmt: skip
 
 
