@@ -89,24 +89,21 @@ def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> str:
     return as_svg(figure)
 
 
-def draw_reliability(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def draw_reliability(title: str, curve: Mapping[str, Sequence[float]]) -> str:
     """Draw how often images were right by how probable their class was said to be; below, how many images there are.
 
-    curves: counts, confidence and accuracy of bins of equal width, by the title they stand under
+    curve: counts, confidence and accuracy of bins of equal width; a dot is as large as its bin is full
     """
-    size = (4.0 * len(curves), 4.2)
-    figure, axes = plt.subplots(2, len(curves), figsize=size, squeeze=False, sharex=True, height_ratios=(3, 1))
-    for (upper, lower), (title, curve) in zip(axes.T, curves.items()):
-        counts = np.array(curve["counts"])
-        edges = np.arange(len(counts)) / len(counts)
-        for axis, heights in ((upper, curve["accuracy"]), (lower, counts)):
-            axis.bar(edges, heights, 1 / len(counts), align="edge", color=COLOURS["model"], edgecolor="white", lw=0.8)
-        upper.plot([0, 1], [0, 1], color=COLOURS["train"], lw=1, ls="--")
-        some = counts > 0
-        points = (np.array(curve[name])[some] for name in ("confidence", "accuracy"))
-        upper.plot(*points, color=COLOURS["ema"], marker="o", ms=3.5, lw=1.2)
-        upper.set(title=title, ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
-        lower.set(xlabel="probability of the class named", ylabel="images")
+    figure, (upper, lower) = plt.subplots(2, figsize=(4.0, 4.2), sharex=True, height_ratios=(3, 1))
+    counts, confidence, accuracy = (np.array(curve[name]) for name in ("counts", "confidence", "accuracy"))
+    edges, width = np.arange(len(counts)) / len(counts), 1 / len(counts)
+    upper.bar(edges, accuracy, width, align="edge", color=STAGE_COLOURS[1], edgecolor="white", lw=0.8)
+    upper.plot([0, 1], [0, 1], color=COLOURS["train"], lw=1, ls="--")
+    some, sizes = counts > 0, 8 + 120 * counts / max(counts.max(), 1)
+    upper.scatter(confidence[some], accuracy[some], sizes[some], color=COLOURS["ema"], clip_on=False, zorder=3, lw=0)
+    upper.set(title=title, ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    lower.bar(edges, counts, width, align="edge", color=COLOURS["model"], edgecolor="white", lw=0.8)
+    lower.set(xlabel="probability of the class named", ylabel="images")
     return as_svg(figure)
 
 

@@ -47,7 +47,7 @@ def report_page(folder: RunFolder) -> str:
         confusions=confusions(folder) if summary else {},
         classes=class_table(summary) if summary else None,
         verdict=verdict(summary) if summary else "",
-        curves=curves(summary, folder.assessment()) if summary else {},
+        curves=curves(summary, folder.assessment()) if summary else [],
         calibration=calibration(summary) if summary else "",
         mistakes=mistakes(folder),
         inference=inference_table(summary) if summary else None,
@@ -162,22 +162,23 @@ def verdict(summary: Mapping[str, Any]) -> str:
     told += [f"area under the ROC curve {best['auc']:.4f}"] if best.get("auc") is not None else []
     last = ", ".join(f"{names[name]} {final[name]:.2f} %" for name in ("balanced_accuracy", "macro_f1"))
     same = best["epoch"] + 1 == summary["epochs"] and best["weights"] == "model"
+    told[0] = told[0].capitalize()
     return ", ".join(told) + ("." if same else f". The last weights: {last}.")
 
 
-def curves(summary: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, str]:
-    """Draw the ROC curve and the reliability of the best weights, as far as there are any, by their names."""
-    found: dict[str, str] = {}
+def curves(summary: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
+    """Draw the ROC curve and the reliability of the best weights, as far as there are any."""
+    found: list[str] = []
     reliability, roc = shown.get("reliability"), shown.get("roc")
     if reliability or roc:
         from reporting import figures
     if roc:
         best = summary["best"]
         chosen = (1 - best["specificity"] / 100, best["sensitivity"] / 100)
-        found["roc"] = figures.draw_roc(roc, best["auc"], chosen, summary["per_class"][1]["class"])
+        found.append(figures.draw_roc(roc, best["auc"], chosen, summary["per_class"][1]["class"]))
     if reliability:
         titles = curve_titles(summary["calibration"])
-        found["reliability"] = figures.draw_reliability({title: reliability[name] for name, title in titles.items()})
+        found += [figures.draw_reliability(title, reliability[name]) for name, title in titles.items()]
     return found
 
 

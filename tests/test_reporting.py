@@ -112,14 +112,14 @@ def test_classes_come_worst_first_with_the_figures_of_all(assessed):
     part = page.split("Classes, the worst first")[1].split("</table>")[0]
     assert part.index("<td>bee</td>") < part.index("<td>&lt;ant&gt;</td>") and "50.00" in part and "weight" not in part.split("<tr>")[1]  # fmt: skip
     assert (
-        "balanced accuracy 61.50 %, macro-F1 50.25 %, sensitivity 80.00 %, specificity 43.00 %, area under the ROC curve "
+        "Balanced accuracy 61.50 %, macro-F1 50.25 %, sensitivity 80.00 %, specificity 43.00 %, area under the ROC curve "
         "0.8750. The last weights: balanced accuracy 62.50 %, macro-F1 51.25 %." in part
     )
 
 
 def test_probabilities_mistakes_and_speed_are_shown(assessed):
     page = report_page(assessed)
-    assert page.count("<svg") == 6  # four of training, ROC, reliability
+    assert page.count("<svg") == 7  # four of training, ROC, reliability before and after
     assert "as trained: ECE 12.50 %" in page and "temperature 1.5: ECE 1.00 %" in page and "area 0.8750" in page
     assert "Temperature fitted on 60 validation images, both sides measured on the other 61." in page
     assert "bee (98.7 %), it is &lt;ant&gt;</b>val/&lt;b&gt;.png" in page and page.count("data:image/jpeg;base64,") == 1
