@@ -87,7 +87,7 @@ class ImageTree:
             raise unreadable(*found.bad[0])
         self.root, self.only = root, only
         self.classes = [WORDNET_NAMES.get(folder, folder) for folder in found.classes]
-        self.samples, self.skipped = found.files, found.bad
+        self.samples, self.targets, self.skipped = found.files, found.files.targets, found.bad
         if skip:
             self.leave_out_bad(found.numbers_of_bad())
 
@@ -104,6 +104,7 @@ class ImageTree:
         self.skipped = self.skipped + [(files[index][0], fault) for index, fault in bad.items()]
         if bad:
             self.samples = files.choose(np.setdiff1d(np.arange(len(files)), list(bad)))
+            self.targets = self.samples.targets
         lost = (numbers | set(files.targets[list(bad)].tolist())) - set(np.unique(self.samples.targets).tolist())
         if lost:
             name, first = self.classes[min(lost)], ": ".join(self.skipped[0])
@@ -113,10 +114,6 @@ class ImageTree:
 
     def __len__(self) -> int:
         return len(self.samples)
-
-    @property
-    def targets(self) -> NDArray[np.int64]:
-        return self.samples.targets
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         with self.opened(index) as (image, target):

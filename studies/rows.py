@@ -174,7 +174,7 @@ def finished_row(run: Run, study: Study, machine: Mapping[str, Any]) -> Row:
         "top1_ema": summary["top1_ema"],
         "best_top1": summary["best_top1"],
         "best_epoch": summary["best_epoch"],
-        **{name: summary.get("final", {}).get(name) for name in ("balanced_accuracy", "macro_f1")},
+        **{name: summary["final"].get(name) for name in ("balanced_accuracy", "macro_f1")},
         **(folder.read_json(HELD_OUT) or {}),
         "train_seconds": summary["train_seconds"],
         "cpu_seconds": sum(record["cpu_seconds"] for record in records),
