@@ -117,7 +117,7 @@ def test_killed_twice_it_ends_with_the_rows_of_an_undisturbed_one_and_no_run_twi
     place.folder.mkdir()
     assert finished(place(TWO)).returncode == 0
     assert cut == [rows_of(place.folder, part) for part in PARTS]
-    assert [len(part) for part in cut] == [6, 18, 8, 4]  # means of four measures, of two conditions
+    assert [len(part) for part in cut] == [6, 18, 12, 6]  # means of six measures, of two conditions
 
 
 def test_a_run_that_is_killed_with_its_sweep_goes_on_where_it_was_saved(place):
