@@ -1,13 +1,14 @@
 """Data sets by name: folders of images, Imagenette and Imagewoof, handwritten digits."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import Imagenette
 from torchvision.datasets.utils import download_and_extract_archive
@@ -21,10 +22,12 @@ from utils import Runtime
 
 
 class Images(Protocol):
-    """Item i is an RGB PIL image and its class number."""
+    """Item i is an RGB PIL image and its class number; `targets` are the numbers of all of them."""
 
     classes: list[str]
 
+    @property
+    def targets(self) -> Sequence[int] | NDArray[np.int64]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
 
@@ -84,7 +87,7 @@ class ImageTree:
             raise unreadable(*found.bad[0])
         self.root, self.only = root, only
         self.classes = [WORDNET_NAMES.get(folder, folder) for folder in found.classes]
-        self.samples, self.skipped = found.files, found.bad
+        self.samples, self.targets, self.skipped = found.files, found.files.targets, found.bad
         if skip:
             self.leave_out_bad(found.numbers_of_bad())
 
@@ -101,6 +104,7 @@ class ImageTree:
         self.skipped = self.skipped + [(files[index][0], fault) for index, fault in bad.items()]
         if bad:
             self.samples = files.choose(np.setdiff1d(np.arange(len(files)), list(bad)))
+            self.targets = self.samples.targets
         lost = (numbers | set(files.targets[list(bad)].tolist())) - set(np.unique(self.samples.targets).tolist())
         if lost:
             name, first = self.classes[min(lost)], ": ".join(self.skipped[0])
