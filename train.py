@@ -55,8 +55,8 @@ from settings.errors import ConfigError, first_line, tell
 from settings.resolve import doubts
 from settings.table import Config
 from stages import Plan, StageScheduler, make_plan
+from tracking.dashboard import find_dashboard
 from tracking.deadline import exit_now
-from tracking.run import find_dashboard
 from tracking.settings import find_settings
 from utils import Runtime, cpu_seconds, share_buffers, share_weights, start_runtime
 

@@ -75,6 +75,11 @@ def draw_speed(rows: Sequence[tuple[Stage, float]]) -> str:
 
 def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> str:
     """Draw counts (K, K), rows true, shaded by their share of the row."""
+    return as_svg(confusion_figure(matrix, classes))
+
+
+def confusion_figure(matrix: NDArray[np.int64], classes: Sequence[str]) -> plt.Figure:
+    """Build the figure that `draw_confusion` draws."""
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 2.2 + 0.42 * len(classes)
     figure, axis = plt.subplots(figsize=(side, side))
@@ -86,4 +91,4 @@ def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> str:
     for row, column in zip(*np.nonzero(matrix)):
         colour = "white" if share[row, column] > 0.5 else "black"
         axis.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=colour)
-    return as_svg(figure)
+    return figure

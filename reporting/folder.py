@@ -37,6 +37,7 @@ METRICS, SUMMARY, REPORT, CHECKPOINT, BEST = (
     "metrics.jsonl", "summary.json", "report.html", "checkpoint.pth", "model_best.pth",
 )  # fmt: skip
 PLAN, CLEARML, TASK = "report/plan.json", "clearml", "clearml/task.json"
+TENSORBOARD = "tensorboard"
 LOCK = ".run.lock"  # held by the run that uses the folder; a decode cache in it has a lock of its own
 ERROR = "error.txt"  # tracebacks
 HELD_OUT = "held_out.json"  # what the best weights come to on images that chose nothing
@@ -80,9 +81,15 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of an older run, no others."""
         unfinished = [name + UNFINISHED for name in (CHECKPOINT, BEST)]
-        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR])]:
+        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR]), *self.events()]:
             with naming_fault(self.at(name)):
                 os.remove(self.at(name))
+
+    def events(self) -> list[str]:
+        """List the files of TensorBoard's events, in the order of their making."""
+        folder = self.at(TENSORBOARD)
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        return [f"{TENSORBOARD}/{name}" for name in names if ".tfevents." in name]
 
     @contextmanager
     def used_alone(self, runtime: Runtime) -> Iterator[None]:

@@ -25,7 +25,7 @@ REPORT_EVERY = 60.0  # seconds; drawing the page takes one or two
 
 
 class Dashboard:
-    """Where a run is shown besides its folder. This one shows nothing; `tracking` has the one for ClearML.
+    """Where a run is shown besides its folder. This one shows nothing; `tracking` has those of ClearML and TensorBoard.
 
     ask_to_stop: called with a reason when someone wants the run to end early, saved
     """

@@ -190,6 +190,7 @@ class Config:
     clearml_project: str = setting("progressive-learning", "ClearML project", kind="str", group="run", needs=("clearml", ("auto", "online", "offline")))
     clearml_task: str | None = setting(None, "name of the ClearML task; unset: the name of output_dir", kind="str", group="run", optional=True, needs=("clearml", ("auto", "online", "offline")))
     clearml_tags: tuple[str, ...] | None = setting(None, "tags of the ClearML task", kind="strs", group="run", optional=True, needs=("clearml", ("auto", "online", "offline")))
+    tensorboard: bool = setting(False, "write what ClearML is told into OUTPUT_DIR/tensorboard, for TensorBoard (needs its package, tensorboard)", kind="bool", group="run")
     plan: str | None = setting(None, "print the stages and their cost, train nothing; `json` for machines", kind="str", group="run", choices=("table", "json"), optional=True)
     # fmt: on
 
@@ -217,7 +218,7 @@ CLEARML = ("clearml", "clearml_project", "clearml_task", "clearml_tags")
 # Where and how it runs: written down, and free to differ on resume.
 PLACE = (
     *CLEARML, "cache_dataset", "checkpoint_every", "cuda_graphs", "data_path", "decode_cache", "device", "dist_url",
-    "on_bad_image",     "output_dir", "print_freq", "workers", "world_size",
+    "on_bad_image", "output_dir", "print_freq", "tensorboard", "workers", "world_size",
 )  # fmt: skip
 
 
