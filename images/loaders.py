@@ -23,7 +23,7 @@ from images.store import StoredImages
 from images.workers import make_loader
 from presets import batch_mix, eval_preset, stage_preset
 from settings.errors import ConfigError
-from settings.table import Config
+from settings.table import FOLDERS, Config
 
 if TYPE_CHECKING:
     from stages import Stage
@@ -151,7 +151,7 @@ def augment_on(config: Config, runtime: Runtime) -> str:
         batched = config.auto_augment in (None, "ra") and config.interpolation == "bilinear"
         own_way = config.backend != "pil" or config.use_v2  # asked for by hand
         way = "device" if on_cuda and batched and not own_way else "worker"
-    if config.decode_on == "device" and not (on_cuda and way == "device" and config.dataset != "digits"):
+    if config.decode_on == "device" and not (on_cuda and way == "device" and config.dataset in FOLDERS):
         raise ConfigError("decode_on device needs image files, a CUDA GPU and augment_on device; leave it out")
     if config.decode_on == "device":
         check_decoder(runtime.device)

@@ -31,7 +31,7 @@ def report_page(folder: RunFolder) -> str:
         lstrip_blocks=True,
     )
     settings, plan, records, summary = folder.settings(), folder.plan(), folder.metrics(), folder.summary()
-    place = settings["data_path"] if settings["dataset"] == "imagefolder" else settings["dataset"]
+    place = settings["data_path"] if settings["dataset"] in ("imagefolder", "hub") else settings["dataset"]
     return environment.get_template("page.html.j2").render(
         title=f"{settings['model']} on {os.path.basename(os.path.normpath(place))}",
         run=os.path.basename(os.path.abspath(folder.path)),

@@ -68,10 +68,12 @@ def setting(
 
 DATASETS = (
     "imagefolder", "imagenette", "imagenette-320px", "imagenette-160px",
-    "imagewoof", "imagewoof-320px", "imagewoof-160px", "digits",
+    "imagewoof", "imagewoof-320px", "imagewoof-160px", "hub", "digits",
 )  # fmt: skip
-ON_DISK = DATASETS[:-1]
-DOWNLOADS = ON_DISK[1:]
+ENCODED = DATASETS[:-1]
+FOLDERS = ENCODED[:-1]
+DOWNLOADS = FOLDERS[1:]
+OWN_SPLITS = ("imagefolder", "hub")
 POLICIES = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")
 # The least Beta(alpha, alpha) that torch draws from: below, both of the gamma draws that it divides round to 0 more and
 # more often, and the share is then one half, where it should be 0 or 1 (a quarter of the draws at 0.001, all at 1e-10).
@@ -89,15 +91,18 @@ class Config:
 
     # fmt: off
     # The data
-    data_path: str = setting("data", "folder of the data set; the reference's own default is a folder of its authors' cluster", kind="str", group="data")
-    dataset: str = setting("imagefolder", "imagefolder: any tree of one folder per class; digits: scikit-learn's handwritten digits, no download", kind="str", group="data", choices=DATASETS)
+    data_path: str = setting("data", "folder of the data set, or its name on the Hub (owner/name); the reference's own default is a folder of its authors' cluster", kind="str", group="data")
+    dataset: str = setting("imagefolder", "imagefolder: any tree of one folder per class; hub: a data set of the Hugging Face Hub, or a folder of Parquet (needs the package datasets); digits: scikit-learn's handwritten digits, no download", kind="str", group="data", choices=DATASETS)
     download: bool = setting(False, "fetch Imagenette or Imagewoof into data_path when it is not there", kind="bool", group="data", needs=("dataset", DOWNLOADS))
-    train_split: str = setting("train", "folder of the training images below data_path (imagefolder)", kind="str", group="data", needs=("dataset", ("imagefolder",)))
-    val_split: str = setting("val", "folder of the validation images below data_path (imagefolder)", kind="str", group="data", needs=("dataset", ("imagefolder",)))
-    train_list: str | None = setting(None, "text file of the training images to use, one path below the split's folder a line; unset: all", kind="str", group="data", optional=True, needs=("dataset", ON_DISK))
-    val_list: str | None = setting(None, "the same for validation", kind="str", group="data", optional=True, needs=("dataset", ON_DISK))
+    train_split: str = setting("train", "folder of the training images below data_path (imagefolder), or their split (hub)", kind="str", group="data", needs=("dataset", OWN_SPLITS))
+    val_split: str = setting("val", "folder of the validation images below data_path (imagefolder), or their split (hub: else validation, valid or test)", kind="str", group="data", needs=("dataset", OWN_SPLITS))
+    hub_config: str | None = setting(None, "configuration of a data set of the Hub that has several, such as 320px", kind="str", group="data", optional=True, needs=("dataset", ("hub",)))
+    image_column: str | None = setting(None, "column of the images; unset: the one of that type", kind="str", group="data", optional=True, needs=("dataset", ("hub",)))
+    label_column: str | None = setting(None, "column of the classes; unset: the one of that type, or called label", kind="str", group="data", optional=True, needs=("dataset", ("hub",)))
+    train_list: str | None = setting(None, "text file of the training images to use, one path below the split's folder a line; unset: all", kind="str", group="data", optional=True, needs=("dataset", FOLDERS))
+    val_list: str | None = setting(None, "the same for validation", kind="str", group="data", optional=True, needs=("dataset", FOLDERS))
     cache_dataset: bool = setting(False, "keep the list of an imagefolder's files for the next start; listed anew when a class folder changed", kind="bool", group="data", needs=("dataset", ("imagefolder",)))
-    on_bad_image: str = setting("error", "an image that cannot be read: error ends the run and names it; skip looks for all of them first, which takes as long as decoding all, leaves them out and lists them in summary.json", kind="str", group="data", choices=("error", "skip"), needs=("dataset", ON_DISK))
+    on_bad_image: str = setting("error", "an image that cannot be read: error ends the run and names it; skip looks for all of them first, which takes as long as decoding all, leaves them out and lists them in summary.json", kind="str", group="data", choices=("error", "skip"), needs=("dataset", ENCODED))
     decode_cache: str = setting("auto", "keep images decoded, once for all epochs and runs: auto (where there is room), off, or the folder to keep them in", kind="str", group="data")
     augment_on: str = setting("auto", "augment image by image in workers, or in batches on the device; auto: device if that is CUDA and the policy has a batch form (ra or none)", kind="str", group="data", choices=("auto", "worker", "device"))
     decode_on: str = setting("worker", "decode each time in workers, or JPEGs in batches on a CUDA GPU (nvJPEG; needs decode_cache off, augment_on device)", kind="str", group="data", choices=("worker", "device"), needs=("decode_cache", ("off",)))
