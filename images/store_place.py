@@ -36,12 +36,14 @@ LOCK = ".lock"  # held by whoever builds in the folder
 def store_side(config: Config) -> int:
     """Compute the short side of stored images, pixels.
 
-    It is twice the largest training crop, or what evaluation resizes to, if that is more. Smaller images stay as they
+    It is twice the largest training crop, or what evaluation and fine-tuning resize to, if that is more. Smaller images stay as they
     are. `docs/performance.md` derives what this costs: nothing for images up to this size, detail in the tightest crops
     of larger ones.
     """
     largest = int(max(config.train_crop_size))
-    evaluated = max(largest, config.val_crop_size) * config.val_resize_size / config.val_crop_size
+    evaluated = (
+        max(largest, config.val_crop_size, config.finetune_size or 0) * config.val_resize_size / config.val_crop_size
+    )
     return max(2 * largest, math.ceil(evaluated))
 
 

@@ -273,7 +273,7 @@ class RunFolder:
         if runtime.is_main and checkpoint.state.best_epoch >= 0 and not self.has_best(checkpoint.best):
             state, last = checkpoint.state, checkpoint.state.epoch - 1
             what = f"{self.at(BEST)} is missing, damaged or of another epoch"
-            if state.step == 0 and last in (state.best_epoch, config.epochs - 1):
+            if state.step == 0 and last in (state.best_epoch, config.total_epochs - 1):
                 if state.best_epoch != last:  # nothing is left to train, so that the last weights have to do
                     state.best_epoch, state.best_weights = last, "model"
                 average = checkpoint.model_ema if state.best_weights == "ema" else None

@@ -123,8 +123,12 @@ class Config:
     train_crop_size: tuple[float, ...] = setting((224.0,), "side of the training crop, pixels; rounded down", kind="floats", group="stages", interval="[1, 8192]", scheduled=Schedule(field="image_size", heading="image size", axis="image size, px", whole=True))
     image_size_multiple: int = setting(1, "round training sizes down to a multiple of this", kind="int", group="stages", interval="[1, 512]")
 
+    finetune_epochs: int = setting(0, "epochs after all stages that train the classifier alone to the test size, with the statistics of the last batch norm (FixRes)", kind="int", group="stages", interval="[0, 1000000000]")
+    finetune_size: int | None = setting(None, "side of the images of that, pixels; unset: val_crop_size", kind="int", group="stages", interval="[1, 8192]", optional=True)
+    finetune_lr: float | None = setting(None, "learning rate of that; unset: a twentieth of lr", kind="float", group="stages", interval="(0, inf)", optional=True)
+
     # Training
-    epochs: int = setting(90, "passes over the training images, all stages together", kind="int", group="training", interval="[1, 1000000000]")
+    epochs: int = setting(90, "passes over the training images, all stages together but for finetune_epochs", kind="int", group="training", interval="[1, 1000000000]")
     start_epoch: int = setting(0, "first epoch to train, counted from 0; a resumed run knows its own", kind="int", group="training", interval="[0, 1000000000]")
     batch_size: tuple[float, ...] = setting((32.0,), "images per step and process", kind="floats", group="training", interval="[1, 1000000000]", scheduled=Schedule(field="batch_size", heading="batch", whole=True), flags=["-b"])
     opt: str = setting("sgd", "optimizer", kind="str", group="training", choices=("sgd", "sgd_nesterov", "rmsprop", "adamw"))
@@ -203,6 +207,15 @@ class Config:
         """Check whether setting `name` has no effect, because the setting it needs has another value."""
         needs = SETTINGS[name]["needs"]
         return needs is not None and getattr(self, needs[0]) not in needs[1]
+
+    @property
+    def total_epochs(self) -> int:
+        """Passes over the training images, fine-tuning included."""
+        return self.epochs + self.finetune_epochs
+
+    def evaluates(self, epoch: int) -> bool:
+        """Check whether an epoch ends with an evaluation: every `eval_every`-th, the last, and the last before fine-tuning."""
+        return (epoch + 1) % self.eval_every == 0 or epoch + 1 in (self.epochs, self.total_epochs)
 
     def as_dict(self) -> dict[str, Any]:
         """Convert the settings to plain values, for YAML, checkpoints and dashboards.

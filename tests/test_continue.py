@@ -149,7 +149,8 @@ def test_settings_that_came_since_the_oldest_run_are_resumed_as_that_run_was(tmp
     since = {name: value for name, value in BEFORE.items() if name not in oldest and name not in LAUNCH + PLACE}
     lists = {"train_list": None, "val_list": None}
     hub = {"hub_config": None, "image_column": None, "label_column": None}
-    assert since == lists | hub
+    finetune = {"finetune_epochs": 0, "finetune_size": None, "finetune_lr": None}
+    assert since == lists | hub | finetune
 
 
 def test_a_run_without_its_settings_file_is_told_those_of_its_checkpoint(tmp_path):
