@@ -86,6 +86,25 @@ def eval_preset(
     return v1.Compose(steps + to_normalised(lib, backend))
 
 
+def resize_for(config: Config, crop_size: int) -> int:
+    """Compute the short side that images are resized to before their centre of `crop_size` is evaluated.
+
+    It is in proportion: as val_resize_size is to val_crop_size.
+    """
+    return round(crop_size * config.val_resize_size / config.val_crop_size)
+
+
+def test_preset(config: Config, crop_size: int) -> v1.Compose:
+    """Build the evaluation transform of a run, at `crop_size`."""
+    return eval_preset(
+        crop_size=crop_size,
+        resize_size=resize_for(config, crop_size),
+        interpolation=config.interpolation,
+        backend=config.backend,
+        use_v2=config.use_v2,
+    )
+
+
 class BatchPreset:
     """A stage's training preset for batches, in two parts.
 
@@ -170,14 +189,6 @@ class CentrePreset(BatchPreset):
         return np.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], axis=1)
 
 
-def resize_for(config: Config, crop_size: int) -> int:
-    """Compute the short side that images are resized to before their centre of `crop_size` is evaluated.
-
-    It is in proportion: as val_resize_size is to val_crop_size.
-    """
-    return round(crop_size * config.val_resize_size / config.val_crop_size)
-
-
 def finetune_preset(config: Config, image_size: int, on_device: bool) -> v1.Compose | BatchPreset:
     """Build the preset of fine-tuning: images as evaluation sees them, and flipped as in training.
 
@@ -186,15 +197,9 @@ def finetune_preset(config: Config, image_size: int, on_device: bool) -> v1.Comp
     if on_device:
         share = config.val_crop_size / config.val_resize_size
         return CentrePreset(image_size=image_size, share=share, hflip_prob=config.hflip_prob)
-    seen = eval_preset(
-        crop_size=image_size,
-        resize_size=resize_for(config, image_size),
-        interpolation=config.interpolation,
-        backend=config.backend,
-        use_v2=config.use_v2,
-    )
     lib: Any = v2 if config.use_v2 else v1
-    return v1.Compose([to_rgb, *seen.transforms, lib.RandomHorizontalFlip(config.hflip_prob)])
+    seen = test_preset(config, image_size).transforms
+    return v1.Compose([to_rgb, *seen, lib.RandomHorizontalFlip(config.hflip_prob)])
 
 
 def stage_preset(config: Config, stage: "Stage", on_device: bool) -> v1.Compose | BatchPreset:
