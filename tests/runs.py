@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from programs import RUN, SMALL
 
 from learning.models import build_model
+from learning.stop import Stop
 from reporting.folder import RunFolder
 from settings.resolve import resolve
 from stages import make_plan
@@ -24,6 +27,19 @@ STRONG = (
 
 def start(tree, out, *flags):
     return run([*SMALL, "--data-path", str(tree), "--output-dir", str(out), *map(str, flags)])
+
+
+def cut(monkeypatch, at_call):
+    """Send SIGTERM to the run when it asks for the `at_call`-th time whether to stop, evaluations not counted."""
+    calls, ask = [0], Stop.__call__
+
+    def counting(self, step=0, budget=True):
+        calls[0] += budget
+        if calls[0] == at_call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(self, step, budget)
+
+    monkeypatch.setattr(Stop, "__call__", counting)
 
 
 def make_tree(root, splits=(("train", 12), ("val", 5)), classes=("ant", "bee"), size=(40, 32)):

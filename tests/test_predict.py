@@ -17,6 +17,7 @@ import sys
 from dataclasses import replace
 from itertools import count, islice
 
+import numpy as np
 import pytest
 import torch
 from pictures import noise, plain_colour
@@ -123,14 +124,18 @@ def test_answers_are_those_of_plain_torchvision(real, tmp_path, capfd, flags, re
 
 
 def test_of_its_validation_images_it_says_what_the_run_s_own_evaluation_said(images, tmp_path, capfd):
-    assert start(images, tmp_path / "run", "--epochs", "3", "--val-resize-size", "40", "--decode-cache", "off") == 0
+    assert start(images, tmp_path / "run", *"--epochs 5 --lr 0.1 --val-resize-size 40 --decode-cache off".split()) == 0
     capfd.readouterr()
     assert call(tmp_path / "run", images / "val", "--top", 1) == 0
     confusion = np.zeros((2, 2), int)
     for row in table(capfd.readouterr().out):
         true = ["ant", "bee"].index(os.path.basename(os.path.dirname(row["image"])))
         confusion[true, ["ant", "bee"].index(row["class_1"])] += 1
-    assert confusion.sum() == 10 and np.array_equal(confusion, RunFolder(str(tmp_path / "run")).confusion("best")[1])
+    assert (
+        confusion.sum() == 10
+        and confusion.sum(0).all()
+        and np.array_equal(confusion, RunFolder(str(tmp_path / "run")).confusion("best")[1])
+    )
 
 
 def test_names_of_any_bytes(two, tmp_path, capfd):
