@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from torchvision.transforms import Compose
@@ -33,7 +34,8 @@ class Trained:
     image_size: side of the images that it takes, pixels; the run's test size unless asked otherwise
     weights: which they are, for people: `best weights of epoch 7`
     finished: the run was; else `weights` are those so far
-    temperature: what logits are divided by before softmax, for probabilities that mean what they say
+    temperature: what logits are divided by before softmax, for probabilities that mean what they say; 1 of the last
+        weights, to which none was fitted
     """
 
     folder: RunFolder
@@ -107,8 +109,13 @@ def open_run(
         image_size=image_size or config.val_crop_size,
         weights=which,
         finished=summary is not None,
-        temperature=float(((summary or {}).get("calibration") or {}).get("temperature") or 1.0),
+        temperature=1.0 if weights == "last" else temperature_of(summary),
     )
+
+
+def temperature_of(summary: dict[str, Any] | None) -> float:
+    """Return the temperature that a finished run has fitted to its best weights; 1 if there is none."""
+    return float(((summary or {}).get("calibration") or {}).get("temperature") or 1.0)
 
 
 def weights_of(folder: RunFolder, config: Config, which: str) -> tuple[dict[str, Tensor], str]:
