@@ -56,8 +56,8 @@ from settings.errors import ConfigError, first_line, tell
 from settings.resolve import doubts
 from settings.table import Config
 from stages import Plan, StageScheduler, make_plan
+from tracking.dashboard import find_dashboard
 from tracking.deadline import exit_now
-from tracking.run import find_dashboard
 from tracking.settings import find_settings
 from utils import Runtime, cpu_seconds, share_buffers, share_weights, start_runtime
 
@@ -125,12 +125,14 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
         for stage in ahead:
             log.begin_stage(stage)
             loader = scheduler.enter(stage)
-            learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes)
+            if stage.finetune and (state.epoch, state.step) == (stage.epochs.start, 0):
+                learner.unify(state.best_weights)  # what is fine-tuned is the better of the model and its average
+            learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes, stage.finetune)
             for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):
                 progress = Progress(stage, epoch, config, state.step, len(loader), show=runtime.is_main)
                 finished = train_one_epoch(learner, loader, state, learning_rate, progress, stop)
                 scores: dict[str, Score] = {}
-                if finished and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
+                if finished and config.evaluates(epoch):
                     scores = evaluate(learner.copies, val_loader, learner.criterion, runtime, stop)
                     finished = bool(scores)  # else asked to stop: evaluated when the run goes on
                 if finished:
@@ -142,7 +144,7 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
                         log.save_best(learner, state, known["best"])
                     keep_outputs(known, of="best")
                     state.next_epoch()
-                stopping = not finished or (stop() and (stop.asked or state.epoch < config.epochs))
+                stopping = not finished or (stop() and (stop.asked or state.epoch < config.total_epochs))
                 log.save_checkpoint(learner, state, data, always=stopping or state.epoch == stage.epochs.stop)
                 stop.resumable = stop.resumable or log.saved
                 if stopping:
@@ -185,7 +187,7 @@ def train_one_epoch(
     set_learning_rate(learner.optimizer, learning_rate(state.epoch + max(state.step - 1, 0) / len(loader)))
     if ema is not None:
         ema.begin_epoch(state.epoch, loader.images_per_step)
-    learner.net.train()
+    learner.train()
     started, cpu_before, asked_to_stop = time.perf_counter(), cpu_seconds(), False
     for step, images, targets in stop.while_they_come(loader.epoch(state.epoch, state.step)):
         runtime.draw_from(state.epoch, step)  # dropout and stochastic depth, so that a resume repeats them
@@ -256,7 +258,7 @@ def evaluate_outcome(
     Returns: scores by size and by copy ("model", "ema", "best").
     """
     runtime = learner.runtime
-    last_is_best = state.best_epoch == config.epochs - 1
+    last_is_best = state.best_epoch == config.total_epochs - 1
     copies = learner.copies
     if not last_is_best and ("best" not in known or sizes != {config.val_crop_size}):
         copies["best"] = share_weights(log.best_weights(), learner.model, runtime)

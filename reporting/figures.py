@@ -75,6 +75,11 @@ def draw_speed(rows: Sequence[tuple[Stage, float]]) -> str:
 
 def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> str:
     """Draw counts (K, K), rows true, shaded by their share of the row."""
+    return as_svg(confusion_figure(matrix, classes))
+
+
+def confusion_figure(matrix: NDArray[np.int64], classes: Sequence[str]) -> plt.Figure:
+    """Build the figure that `draw_confusion` draws."""
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 2.2 + 0.42 * len(classes)
     figure, axis = plt.subplots(figsize=(side, side))
@@ -86,7 +91,7 @@ def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> str:
     for row, column in zip(*np.nonzero(matrix)):
         colour = "white" if share[row, column] > 0.5 else "black"
         axis.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=colour)
-    return as_svg(figure)
+    return figure
 
 
 def draw_reliability(title: str, curve: Mapping[str, Sequence[float]]) -> str:
@@ -121,3 +126,16 @@ def draw_roc(curve: Mapping[str, Sequence[float]], area: float, chosen: tuple[fl
     axis.set(xlabel=f"others called {positive}", ylabel=f"{positive} called so", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     return as_svg(figure)
+
+
+def lines_figure(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> plt.Figure:
+    """Build a figure of lines over [0, 1].
+
+    lines: x and y of the points, name ("" for none)
+    """
+    figure, axis = plt.subplots(figsize=(4.0, 3.8))
+    for line, colour in zip(lines, (*LINES, *LINES)):
+        axis.plot(line["x"], line["y"], color=colour, lw=1.6, label=line["name"] or "_")
+    axis.set(xlabel=x, ylabel=y, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure

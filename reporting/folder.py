@@ -38,6 +38,7 @@ METRICS, SUMMARY, REPORT, CHECKPOINT, BEST = (
 )  # fmt: skip
 PLAN, CLEARML, TASK = "report/plan.json", "clearml", "clearml/task.json"
 ASSESSMENT = "report/best.json"  # what is drawn of the best weights
+TENSORBOARD = "tensorboard"
 LOCK = ".run.lock"  # held by the run that uses the folder; a decode cache in it has a lock of its own
 ERROR = "error.txt"  # tracebacks
 HELD_OUT = "held_out.json"  # what the best weights come to on images that chose nothing
@@ -81,9 +82,15 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of an older run, no others."""
         unfinished = [name + UNFINISHED for name in (CHECKPOINT, BEST)]
-        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR])]:
+        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR]), *self.events()]:
             with naming_fault(self.at(name)):
                 os.remove(self.at(name))
+
+    def events(self) -> list[str]:
+        """List the files of TensorBoard's events, in the order of their making."""
+        folder = self.at(TENSORBOARD)
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        return [f"{TENSORBOARD}/{name}" for name in names if ".tfevents." in name]
 
     @contextmanager
     def used_alone(self, runtime: Runtime) -> Iterator[None]:
@@ -286,7 +293,7 @@ class RunFolder:
         if runtime.is_main and checkpoint.state.best_epoch >= 0 and not self.has_best(checkpoint.best):
             state, last = checkpoint.state, checkpoint.state.epoch - 1
             what = f"{self.at(BEST)} is missing, damaged or of another epoch"
-            if state.step == 0 and last in (state.best_epoch, config.epochs - 1):
+            if state.step == 0 and last in (state.best_epoch, config.total_epochs - 1):
                 if state.best_epoch != last:  # nothing is left to train, so that the last weights have to do
                     state.best_epoch, state.best_weights = last, "model"
                 average = checkpoint.model_ema if state.best_weights == "ema" else None

@@ -27,7 +27,7 @@ REPORT_EVERY = 60.0  # seconds; drawing the page takes one or two
 
 
 class Dashboard:
-    """Where a run is shown besides its folder. This one shows nothing; `tracking` has the one for ClearML.
+    """Where a run is shown besides its folder. This one shows nothing; `tracking` has those of ClearML and TensorBoard.
 
     ask_to_stop: called with a reason when someone wants the run to end early, saved
     """
@@ -205,7 +205,7 @@ class FolderLog(RunLog):
     ) -> None:
         self.wait()
         scores = closing[sizes["test_size"]]
-        self.folder.write_confusion("last", self.config.epochs - 1, scores["model"].confusion)
+        self.folder.write_confusion("last", self.config.total_epochs - 1, scores["model"].confusion)
         self.folder.write_confusion("best", state.best_epoch, scores["best"].confusion)
         found = assess(scores["best"], self.data.classes, self.data.val, self.config.seed)
         for place, mistake in enumerate(found.mistakes):

@@ -31,13 +31,14 @@ def report_page(folder: RunFolder) -> str:
         lstrip_blocks=True,
     )
     settings, plan, records, summary = folder.settings(), folder.plan(), folder.metrics(), folder.summary()
-    place = settings["data_path"] if settings["dataset"] == "imagefolder" else settings["dataset"]
+    place = settings["data_path"] if settings["dataset"] in ("imagefolder", "hub") else settings["dataset"]
     return environment.get_template("page.html.j2").render(
         title=f"{settings['model']} on {os.path.basename(os.path.normpath(place))}",
         run=os.path.basename(os.path.abspath(folder.path)),
         num_epochs=len(records),
         plan=plan,
-        last=plan.stages[-1],
+        last=plan.last,
+        total_epochs=plan.stages[-1].epochs.stop,
         stages=stage_table(plan, records),
         figures=draw(settings, plan, records) if records else {},
         pictures=[(stage, picture) for stage in plan.stages if (picture := as_data(folder.picture(stage.index)))],

@@ -104,7 +104,10 @@ def summarise(
         stages.append(row | {"train_seconds": seconds, "images_per_second": speed})
     seconds = sum(stage["train_seconds"] for stage in stages)
     images = sum(stage["train_seconds"] * stage["images_per_second"] for stage in stages)
-    last_speed = stages[-1]["images_per_second"]
+    trained = [stage for stage in stages if not stage["finetune"]]  # what a run of fixed size would do otherwise
+    trained_seconds = sum(stage["train_seconds"] for stage in trained)
+    trained_images = sum(stage["train_seconds"] * stage["images_per_second"] for stage in trained)
+    last_speed = trained[-1]["images_per_second"]
     return {
         "model": config.model,
         "dataset": config.dataset,
@@ -122,9 +125,9 @@ def summarise(
         "relative_cost": plan.relative_cost,
         "train_seconds": seconds,
         "images_per_second": images / seconds if seconds else None,
-        # As many images at the last stage's measured speed, over the time the run took
-        "speedup_over_fixed_size": images / last_speed / seconds if last_speed and seconds else None,
-        "epochs": config.epochs,
+        # As many images at the last stage's measured speed, over the time the stages took
+        "speedup_over_fixed_size": trained_images / last_speed / trained_seconds if last_speed else None,
+        "epochs": config.total_epochs,
         "skipped_images": {
             "count": sum(map(len, skipped.values())),
             **{split: {printable(path): fault for path, fault in images} for split, images in skipped.items()},

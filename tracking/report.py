@@ -1,8 +1,9 @@
-"""Reports of a run to a ClearML task."""
+"""Reports of a run: to a ClearML task, and to whatever else has the face of its logger."""
 
 import hashlib
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,35 +43,30 @@ OF_BEST = ("balanced_accuracy", "macro_f1", "auc", "sensitivity", "specificity")
 OF_CALIBRATION = ("temperature", "ece_before", "ece_after")
 
 
-class TaskReport:
-    """The reports of a run to a ClearML task, from what its folder holds.
+class RunReport:
+    """The report of a run, from what its folder holds.
 
-    Repeated, they leave the page as it is: points that the task has are not told again, and the rest takes the place of
-    what it was. Two things they cannot: pictures and models are filed anew once the task is renamed, and the console,
-    which is the SDK's, is only appended to.
-
-    folder: the run's
-    no_files: why the server takes no files now, None if it does
-    known: the points that the task had when this report began
+    logger: takes it, with the methods and arguments of ClearML's
+    no_files: why it takes no files now, None if it does
+    known: the points that were told before this report began
     shown: the stages whose pictures are sent
     """
 
-    def __init__(self, task: Any, folder: RunFolder, no_files: str | None):
-        self.task = task
+    def __init__(self, folder: RunFolder, logger: Any, no_files: str | None = None):
         self.folder = folder
         self.no_files = no_files
-        self.logger = task.get_logger()
+        self.logger = logger
         self.plan = folder.plan()
         self.classes = folder.classes()
         self.known = Points()
         self.shown: set[int] = set()
         self.told_mistakes = False
+        self.best_due = 0.0
 
     def so_far(self) -> None:
         """Report the plan, and the epochs there are with pictures of their stages."""
         heads, rows = self.plan.table()
         self.logger.report_table("plan", "stages", iteration=0, table_plot=[heads, *rows])
-        self.known = points_of(self.task)
         for record in self.folder.metrics():
             self.epoch(record)
         self.pictures()
@@ -109,17 +105,19 @@ class TaskReport:
             )
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Report a line of metrics.jsonl, as far as the task has it not; its epoch is the iteration."""
+        """Report a line of metrics.jsonl, as far as it is not known; its epoch is the iteration."""
         for point in points(record):
             if not self.known.has(*point):
                 self.logger.report_scalar(*point)
 
-    def missing(self) -> int:
-        """Count the points of the run that the task has not; none where they are too many to ask for."""
-        self.known, records = points_of(self.task), self.folder.metrics()
-        if len(records) >= SAMPLES:
-            return 0
-        return sum(not self.known.has(*point) for record in records for point in points(record))
+    def best(self, epoch: int, matrix: np.ndarray) -> None:
+        """Report the confusions of the best weights so far, at most once a minute.
+
+        Early on every epoch is the best; `outcome` reports those that stay.
+        """
+        if time.monotonic() >= self.best_due:
+            self.best_due = time.monotonic() + 60
+            self.confusion("best", epoch, matrix)
 
     def confusion(self, series: str, epoch: int, matrix: np.ndarray) -> None:
         """Report accuracy per class and the confusion matrix, of many classes those least often right.
@@ -181,6 +179,30 @@ class TaskReport:
                 lines.append(points | {"name": title, "text": [f"{curve['counts'][i]} images" for i in some]})
             axes = ("probability of the class named", "share that is right")
             self.logger.report_plotly("reliability", "best", iteration=epoch, figure=plotly(lines, *axes))
+
+
+class TaskReport(RunReport):
+    """The report of a run to a ClearML task.
+
+    Repeated, it leaves the page as it is: points that the task has are not told again, and the rest takes the place of
+    what it was. Two things it cannot: pictures and models are filed anew once the task is renamed, and the console,
+    which is the SDK's, is only appended to.
+    """
+
+    def __init__(self, task: Any, folder: RunFolder, no_files: str | None):
+        super().__init__(folder, task.get_logger(), no_files)
+        self.task = task
+
+    def so_far(self) -> None:
+        self.known = points_of(self.task)
+        super().so_far()
+
+    def missing(self) -> int:
+        """Count the points of the run that the task has not; none where they are too many to ask for."""
+        self.known, records = points_of(self.task), self.folder.metrics()
+        if len(records) >= SAMPLES:
+            return 0
+        return sum(not self.known.has(*point) for record in records for point in points(record))
 
     def artifacts(self) -> None:
         """Upload summary, metrics and report, as far as they are there; waits for it.
