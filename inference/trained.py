@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 from torchvision.transforms import Compose
@@ -34,8 +33,7 @@ class Trained:
     image_size: side of the images that it takes, pixels; the run's test size unless asked otherwise
     weights: which they are, for people: `best weights of epoch 7`
     finished: the run was; else `weights` are those so far
-    temperature: what logits are divided by before softmax, for probabilities that mean what they say; 1 of the last
-        weights, to which none was fitted
+    temperature: what logits are divided by before softmax, for probabilities that mean what they say; 1 of last weights
     """
 
     folder: RunFolder
@@ -92,6 +90,7 @@ def open_run(
     if amp:
         config = replace(config, amp=True, amp_dtype=values.get("amp_dtype", "auto"))
     summary = folder.summary()
+    fit = (summary or {}).get("calibration") or {}  # none in older runs, and where outputs were not kept
     runtime = start_runtime(config)
     state, which = weights_of(folder, config, weights)
     model, _ = build_model_of(config, len(classes), state, runtime)
@@ -109,13 +108,9 @@ def open_run(
         image_size=image_size or config.val_crop_size,
         weights=which,
         finished=summary is not None,
-        temperature=1.0 if weights == "last" else temperature_of(summary),
+        # Fitted for the best weights; the last ones may be surer of themselves, or less
+        temperature=float(fit.get("temperature", 1.0)) if which.startswith("best") else 1.0,
     )
-
-
-def temperature_of(summary: dict[str, Any] | None) -> float:
-    """Return the temperature that a finished run has fitted to its best weights; 1 if there is none."""
-    return float(((summary or {}).get("calibration") or {}).get("temperature") or 1.0)
 
 
 def weights_of(folder: RunFolder, config: Config, which: str) -> tuple[dict[str, Tensor], str]:
