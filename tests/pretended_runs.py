@@ -64,7 +64,9 @@ def counted(do):
 
 
 def crop_and_finish(flat, place, draws, runtime):
-    return counted(lambda: augment_whole(flat, *place, BatchPreset(image_size=40), draws, runtime))
+    preset, (starts, heights, widths, targets) = BatchPreset(image_size=40), place
+    boxes = preset.boxes(draws, heights, widths)
+    return counted(lambda: augment_whole(flat, starts, widths, boxes, targets, preset, draws, runtime))
 
 
 def evaluated(tree, folder):
