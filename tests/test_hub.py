@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from programs import SMALL, ranks
 from runs import assert_same_bits, checkpoint, make_tree, metrics, start
 
 from images import hub
@@ -135,6 +136,11 @@ def test_slices_of_the_only_split(tmp_path):
     assert data.train.fingerprint() != data.val.fingerprint()
 
 
+def test_one_split_for_both_is_doubted(parquet, capsys):
+    assert len(load(parquet, "--val-split", "train").val) == 4
+    assert "warning: training and validation images are one split, train" in capsys.readouterr().out
+
+
 # ---- training ----
 
 
@@ -228,6 +234,17 @@ def test_damaged_rows_are_left_out_and_listed(damaged, tmp_path):
     images = load(damaged, "--on-bad-image", "skip").train
     assert images.targets.tolist() == [0, 1, 1, 0] and images[3][0].getpixel((5, 5))[0] == pytest.approx(40, abs=3)
     assert store_key(images, 64) != store_key(load(damaged).train, 64)
+
+
+def test_two_processes_have_the_same_rows(damaged, tmp_path):
+    flags = [*SMALL, "--dataset", "hub", "--data-path", damaged, "--on-bad-image", "skip", "--epochs", "1", "--batch-size", "2"]  # fmt: skip
+    env = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "TORCH_HOME": str(tmp_path / "torch")}
+    done = ranks(2, tmp_path, *flags, "--output-dir", tmp_path / "run", env=env)
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "4 training and 6 validation images of 2 classes; 2 left out" in done[0].stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (record,) = metrics(tmp_path / "run")
+    assert summary["processes"] == 2 and record["images_per_second"] * record["epoch_seconds"] == pytest.approx(4)
 
 
 def test_a_class_of_which_no_image_can_be_read_is_an_error(tmp_path):
