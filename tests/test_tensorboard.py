@@ -98,6 +98,7 @@ def test_the_outcome_and_the_hyperparameters_it_is_compared_by(shown):
     start = metadata.parse_session_start_info_plugin_data(told[metadata.SESSION_START_INFO_TAG].plugin_data.content)
     assert start.hparams["lr"].number_value == 0.01 and start.hparams["dropout"].string_value == "[0.1, 0.4]"
     assert start.hparams["model"].string_value == "efficientnet_v2_tiny"
+    assert start.hparams["model_ema"].string_value == "true"
     kept = yaml.safe_load((folder / "config.yaml").read_text())
     assert set(start.hparams) == set(kept)
     compared = metadata.parse_experiment_plugin_data(told[metadata.EXPERIMENT_TAG].plugin_data.content).metric_infos

@@ -123,9 +123,7 @@ class Events:
         """Write the settings as hyperparameters, by which the page compares runs in what they came to."""
         from torch.utils.tensorboard.summary import hparams
 
-        flat = {
-            name: value if isinstance(value, bool | int | float) else as_text(value) for name, value in values.items()
-        }
+        flat = {name: value if type(value) in (int, float) else as_text(value) for name, value in values.items()}
         *begin, self.end = hparams(flat, dict.fromkeys(map(single_tag, SINGLE_VALUES)))
         for summary in begin:
             self.writer.file_writer.add_summary(summary)
