@@ -38,13 +38,14 @@ from images.evaluation import EvalOnDevice
 from images.loaders import TrainLoader, augment_on, batches_of_all, eval_loader, sample_grid, train_loader
 from images.store_place import with_store
 from images.workers import closing_loader
+from learning.balance import find_class_weights, tell_class_weights
 from learning.faults import one_line
 from learning.learner import Learner, build_learner
 from learning.models import check_model
 from learning.optim import learning_rate_schedule, set_learning_rate
 from learning.rehearse import rehearse
 from learning.resume import check_data, check_store, find_checkpoint
-from learning.scores import Score, TrainingLoss
+from learning.scores import Score, TrainingLoss, keep_outputs
 from learning.state import RunState
 from learning.stop import Stop, interruptible
 from learning.weights import read_weights
@@ -87,12 +88,15 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
 
     # Data, model, and what changes with every step
     data = load_data(config, runtime)
-    learner, loaded = build_learner(config, len(data.classes), weights, runtime)
+    class_weights = find_class_weights(config, data)
+    learner, loaded = build_learner(config, len(data.classes), weights, runtime, class_weights)
     state = RunState(epoch=config.start_epoch)
     if checkpoint is not None:
         check_data(checkpoint, data)
         state = learner.restore(checkpoint, to_train=not config.test_only)
     runtime.say(f"{loaded}\n{data}\n{runtime}")
+    if class_weights is not None:
+        runtime.say(tell_class_weights(class_weights, data.classes))
     if config.test_only:
         return test(config, data, learner)
 
@@ -138,6 +142,7 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
                     if improved:
                         known["best"] = scores[state.best_weights]
                         log.save_best(learner, state, known["best"])
+                    keep_outputs(known, of="best")
                     state.next_epoch()
                 stopping = not finished or (stop() and (stop.asked or state.epoch < config.total_epochs))
                 log.save_checkpoint(learner, state, data, always=stopping or state.epoch == stage.epochs.stop)
@@ -211,7 +216,7 @@ def evaluate(
     runtime: Runtime,
     stop: Stop | None = None,
 ) -> dict[str, Score]:
-    """Measure accuracy, loss and confusions of each of `copies` (the model, its EMA) on the whole set.
+    """Measure accuracy, loss and confusions of each of `copies` (the model, its EMA) on the whole set; keep their outputs.
 
     They take one pass together, on all processes; each image is counted once.
 
@@ -266,6 +271,8 @@ def evaluate_outcome(
                 closing[size] |= evaluate(missing, loader, learner.criterion, runtime)
         if last_is_best:
             closing[size]["best"] = closing[size][state.best_weights]
+        keep_outputs(closing[size], of="best" if size == config.val_crop_size else None)
+    closing[config.val_crop_size]["best"].collect()
     return closing
 
 

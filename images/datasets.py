@@ -1,13 +1,14 @@
 """Data sets by name: folders of images, Imagenette and Imagewoof, those of the Hub, handwritten digits."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import Imagenette
 from torchvision.datasets.utils import download_and_extract_archive
@@ -22,10 +23,12 @@ from utils import Runtime
 
 
 class Images(Protocol):
-    """Item i is an RGB PIL image and its class number."""
+    """Item i is an RGB PIL image and its class number; `targets` are the numbers of all of them."""
 
     classes: list[str]
 
+    @property
+    def targets(self) -> Sequence[int] | NDArray[np.int64]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
 

@@ -47,6 +47,15 @@ def store_side(config: Config) -> int:
     return max(2 * largest, math.ceil(evaluated))
 
 
+def store_halves(config: Config) -> bool:
+    """Decide whether stored training images have a copy at half size: where it serves many crops of the first stage.
+
+    Those are crops of twice its size, more than half of them in images three times as large as it. Only batches
+    (augment_on device) are cropped out of it.
+    """
+    return config.augment_on == "device" and store_side(config) >= 3 * min(config.train_crop_size)
+
+
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
     """Let only one process at a time build in `folder`.
@@ -165,8 +174,9 @@ def make_room(config: Config, sets: Sequence[EncodedImages], folders: Sequence[s
     Raises:
         ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
     """
-    keys = [store_key(images, side) for images in sets]
-    names = [store_name(images, side, key) for images, key in zip(sets, keys)]
+    halves = [store_halves(config), False]  # evaluation has one size
+    keys = [store_key(images, side, half) for images, half in zip(sets, halves)]
+    names = [store_name(images, side, half, key) for images, half, key in zip(sets, halves, keys)]
     for folder in folders:
         remove_leftovers(folder)
     there = [
@@ -174,7 +184,7 @@ def make_room(config: Config, sets: Sequence[EncodedImages], folders: Sequence[s
         for name, images, key in zip(names, sets, keys)
     ]
     missing = [i for i, path in enumerate(there) if path is None]
-    bytes_needed = sum(estimate(sets[i], side) for i in missing)
+    bytes_needed = sum(estimate(sets[i], side, halves[i]) for i in missing)
     if config.decode_cache == "auto":
         in_memory = bytes_needed + sum(os.path.getsize(path) for path in there if path is not None)
         room = MEMORY_SHARE * available_memory()
@@ -203,7 +213,7 @@ def make_room(config: Config, sets: Sequence[EncodedImages], folders: Sequence[s
             for i in missing:
                 path = there[i] = os.path.join(place, names[i])
                 if not whole(path, sets[i], keys[i], tell=False):  # unless another run was faster
-                    build(path, sets[i], side, keys[i])
+                    build(path, sets[i], side, keys[i], halves[i])
                     remove_outdated(path, sets[i])
     except NoRoom as error:
         discard_empty(place)

@@ -1,6 +1,7 @@
 """The learner: the model, its EMA and optimizer, and the one step that they take together."""
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch.nn.functional import one_hot
 from torch.nn.parallel import DistributedDataParallel
 
 from images.datasets import Data
+from learning.balance import WeightedLoss
 from learning.checkpoint import Checkpoint, Stateful, to_cpu, undone
 from learning.ema import EMA
 from learning.graphs import StepGraphs, forget_gradients
@@ -31,6 +33,8 @@ SYNC_BUFFERS = next(
 class Learner:
     """The model and what changes with it at every step.
 
+    criterion: the loss that evaluations report
+    training_loss: the one that is trained on, by default the same
     model: plain, on the device; `eager` is the same weights wrapped for several processes, `net` that one compiled if
         asked for, as the steps call it
     parameters: that are trained now
@@ -44,6 +48,7 @@ class Learner:
         criterion: nn.Module,
         runtime: Runtime,
         *,
+        training_loss: nn.Module | None = None,
         ema: EMA | None = None,
         clip_grad_norm: float | None = None,
         compiled: bool = False,
@@ -52,6 +57,7 @@ class Learner:
         self.model = model
         self.optimizer = optimizer
         self.criterion = criterion
+        self.training_loss = training_loss or criterion
         self.runtime = runtime
         self.ema = ema
         self.clip_grad_norm = clip_grad_norm
@@ -118,7 +124,7 @@ class Learner:
         forget_gradients(self.parameters)
         net = net or (self.net if len(images) == self.full_batch else self.eager)
         with self.runtime.autocast():
-            loss = self.criterion(net(images), targets)
+            loss = self.training_loss(net(images), targets)
         self.runtime.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -236,17 +242,28 @@ def build_model_of(
 
 
 def build_learner(
-    config: Config, num_classes: int, weights: dict[str, Tensor] | None, runtime: Runtime
+    config: Config,
+    num_classes: int,
+    weights: dict[str, Tensor] | None,
+    runtime: Runtime,
+    class_weights: Sequence[float] | None = None,
 ) -> tuple[Learner, str]:
-    """Build what `config` trains, on the device, and a line that says what of `weights` it holds."""
+    """Build what `config` trains, on the device, and a line that says what of `weights` it holds.
+
+    class_weights: of the training loss. That of validation knows none, so that it compares with that of other runs.
+    """
     model, loaded = build_model_of(config, num_classes, weights, runtime)
     if config.sync_bn and runtime.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    training_loss = None
+    if class_weights is not None:
+        training_loss = WeightedLoss(class_weights, config.label_smoothing).to(runtime.device)
     learner = Learner(
         model,
         build_optimizer(config, model),
         nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
         runtime,
+        training_loss=training_loss,
         ema=EMA(model, config) if config.model_ema else None,
         clip_grad_norm=config.clip_grad_norm,
         compiled=config.compile,

@@ -37,6 +37,7 @@ METRICS, SUMMARY, REPORT, CHECKPOINT, BEST = (
     "metrics.jsonl", "summary.json", "report.html", "checkpoint.pth", "model_best.pth",
 )  # fmt: skip
 PLAN, CLEARML, TASK = "report/plan.json", "clearml", "clearml/task.json"
+ASSESSMENT = "report/best.json"  # what is drawn of the best weights
 TENSORBOARD = "tensorboard"
 LOCK = ".run.lock"  # held by the run that uses the folder; a decode cache in it has a lock of its own
 ERROR = "error.txt"  # tracebacks
@@ -73,7 +74,7 @@ class RunFolder:
             name
             for name in (
                 RUN_SETTINGS, METRICS, SUMMARY, CHECKPOINT, "checkpoint_previous.pth", BEST, REPORT,
-                confusion_file("best"), confusion_file("last"), HELD_OUT, TASK,
+                confusion_file("best"), confusion_file("last"), ASSESSMENT, HELD_OUT, TASK,
             )
             if self.has(name)
         ]  # fmt: skip
@@ -188,9 +189,21 @@ class RunFolder:
 
     def write_picture(self, stage: int, grid: Tensor) -> None:
         """Write the picture of a stage's augmented images, uint8 (3, H, W)."""
-        with naming_fault(self.picture(stage)):
-            os.makedirs(os.path.dirname(self.picture(stage)), exist_ok=True)
-            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.picture(stage))
+        self.save_picture(self.picture(stage), Image.fromarray(grid.permute(1, 2, 0).numpy()))
+
+    def mistake(self, place: int) -> str:
+        """Build the path of the picture of the mistake in this place of their list."""
+        return self.at(f"report/mistake_{place}.jpg")
+
+    def write_mistake(self, place: int, picture: Image.Image) -> None:
+        """Write the picture of a mistake."""
+        self.save_picture(self.mistake(place), picture)
+
+    def save_picture(self, path: str, picture: Image.Image) -> None:
+        """Write a picture; make its folder if need be."""
+        with naming_fault(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            picture.save(path, quality=85)
 
     # ---- figures ----
 
@@ -233,6 +246,13 @@ class RunFolder:
 
     def write_confusion(self, weights: str, epoch: int, counts: Tensor) -> None:
         self.write(confusion_file(weights), json.dumps({"epoch": epoch, "confusion": counts.tolist()}))
+
+    def assessment(self) -> dict[str, Any]:
+        """Read what is drawn of the best weights; nothing of a run that has not finished, or is older than that."""
+        return self.read_json(ASSESSMENT) or {}
+
+    def write_assessment(self, shown: Mapping[str, Any]) -> None:
+        self.write(ASSESSMENT, json.dumps(shown))
 
     # ---- weights ----
 

@@ -15,6 +15,7 @@ import torchvision
 from learning.learner import Learner
 from learning.scores import Score
 from learning.state import RunState
+from reporting.assessment import Assessment, scores_of
 from settings.errors import printable
 from settings.table import Config
 from stages import Plan, Stage
@@ -68,12 +69,16 @@ def summarise(
     closing: Mapping[int, Mapping[str, Score]],
     records: Sequence[dict[str, Any]],
     skipped: Mapping[str, Sequence[tuple[str, str]]],
+    assessment: Assessment,
+    inference: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """Build a finished run's summary.json.
 
     sizes: what the last evaluations were made at, by name, pixels
     closing: their scores, by size and by copy of the weights ("model", "ema", "best")
     skipped: of each split, the images that were left out: path and fault
+    assessment: of the best weights at test size
+    inference: speeds of the model by batch size
 
     Speeds are None where the records of what they are measured over are lost.
     """
@@ -88,8 +93,11 @@ def summarise(
         return rows
 
     # The final weights come from the last stage, the best ones perhaps not.
-    final = at_sizes("model")
+    final: dict[str, Any] = at_sizes("model")
     final["stage_size"] = final["last_training_size"]
+    final |= scores_of(closing[sizes["test_size"]]["model"].confusion.numpy())
+    weights = getattr(learner.training_loss, "weight", None)
+    of_classes = [{}] * len(assessment.classes) if weights is None else [{"weight": w} for w in weights.tolist()]
     stages = []
     for row in plan.as_dict()["stages"]:
         seconds, speed = stage_speed(records, row["index"])
@@ -109,7 +117,10 @@ def summarise(
         "best_top1": closing[sizes["test_size"]]["best"].top1,
         "best_epoch": state.best_epoch,
         "final": final,
-        "best": {"epoch": state.best_epoch, "weights": state.best_weights, **at_sizes("best")},
+        "best": {"epoch": state.best_epoch, "weights": state.best_weights, **at_sizes("best"), **assessment.scores},
+        "per_class": [row | more for row, more in zip(assessment.classes, of_classes)],
+        "calibration": assessment.calibration_figures(),
+        "inference": list(inference),
         "stages": stages,
         "relative_cost": plan.relative_cost,
         "train_seconds": seconds,

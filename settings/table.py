@@ -52,6 +52,7 @@ def setting(
     """Make one row of the table.
 
     kind: "int", "float", "str", "bool", or a list of them: "ints", "floats", "strs"
+    choices: the only texts accepted; of a list of numbers, the words that may stand in its place
     interval: accepted numbers, as in "[0, 1)"
     optional: may be None
     scheduled: how it is shown, if it takes one value, first and last, or one per stage; else None
@@ -139,6 +140,7 @@ class Config:
     bias_weight_decay: float | None = setting(None, "weight decay of biases", kind="float", group="training", interval="[0, inf)", optional=True)
     transformer_embedding_decay: float | None = setting(None, "weight decay of class tokens and position embeddings", kind="float", group="training", interval="[0, inf)", optional=True)
     label_smoothing: float = setting(0.0, "share of the target spread over all classes, in the loss", kind="float", group="training", interval="[0, 1]")
+    class_weights: str | tuple[float, ...] | None = setting(None, "weights of the classes in the training loss: auto, larger for rarer ones (effective number of samples); or a number per class, in the order of their names; unset: all alike. Scaled to a mean of 1 over the training images", kind="floats", group="training", choices=("auto",), interval="(0, inf)", optional=True)
     clip_grad_norm: float | None = setting(None, "scale gradients down to at most this norm", kind="float", group="training", interval="(0, inf)", optional=True)
     lr_scheduler: str = setting("steplr", "how the learning rate falls after warm-up", kind="str", group="training", choices=("steplr", "cosineannealinglr", "exponentiallr"))
     lr_update: str = setting("epoch", "follow the schedule once per epoch, as the reference, or at every step", kind="str", group="training", choices=("epoch", "step"))

@@ -38,7 +38,10 @@ from stages import Plan, Stage, make_plan, plan_stages
 KEYS = ("title", "base", "settings", "conditions", "grid", "seeds", "metric", "control")
 OWN = ("config", "plan", "seed", "output_dir", "resume", "overwrite", "test_only", "time_budget")  # the sweep's own
 ASIDE = ("base", "held_out", "metric", "control")  # of a condition, besides settings
-METRICS = ("top1", "top1_ema", "best_top1", "held_out_top1", "auc")  # columns of the rows that are better when higher
+# Columns of the rows that are better when higher
+METRICS = (
+    "top1", "top1_ema", "best_top1", "balanced_accuracy", "macro_f1", "held_out_top1", "held_out_balanced_accuracy", "auc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,13 +4,14 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from learning.checkpoint import previous_checkpoint
 from reporting.folder import BEST, CHECKPOINT, METRICS, REPORT, SUMMARY, RunFolder
+from reporting.page import class_table, curve_titles, inference_table
 from reporting.records import worst_confusions
 from stages import COLUMNS
 from tracking.events import SAMPLES, Points, points_of
@@ -38,6 +39,8 @@ SINGLE_VALUES = (
     "best_top1", "best_epoch", "top1", "top1_ema", "train_hours", "images_per_second", "speedup_over_fixed_size",
     "relative_cost", "parameters",
 )  # fmt: skip
+OF_BEST = ("balanced_accuracy", "macro_f1", "auc", "sensitivity", "specificity")  # single values of the best weights
+OF_CALIBRATION = ("temperature", "ece_before", "ece_after")
 
 
 class RunReport:
@@ -57,6 +60,7 @@ class RunReport:
         self.classes = folder.classes()
         self.known = Points()
         self.shown: set[int] = set()
+        self.told_mistakes = False
         self.best_due = 0.0
 
     def so_far(self) -> None:
@@ -68,11 +72,12 @@ class RunReport:
         self.pictures()
 
     def pictures(self) -> None:
-        """Report the pictures of the stages of which there are epochs, as far as they are not sent."""
+        """Report the pictures of the stages of which there are epochs, and of mistakes, as far as they are not sent."""
         records = self.folder.metrics()
         for stage in self.plan.stages:
             if records and stage.epochs.start <= records[-1]["epoch"]:
                 self.picture(stage.index)
+        self.mistakes()
 
     def picture(self, index: int) -> None:
         """Report the picture of what augmentation does in a stage, once that has begun.
@@ -85,6 +90,19 @@ class RunReport:
         self.shown.add(index)
         series = f"stage {index}, {stage.image_size} px"
         self.logger.report_image("training images", series, stage.epochs.start, local_path=picture)
+
+    def mistakes(self) -> None:
+        """Report the pictures of the most confident mistakes of a finished run, each by what was said of it."""
+        summary = self.folder.summary()
+        if self.no_files is not None or summary is None or self.told_mistakes:
+            return
+        self.told_mistakes = True
+        for place, mistake in enumerate(self.folder.assessment().get("mistakes") or ()):
+            share = f"{100 * mistake['probability']:.1f} %"
+            series = f"{place + 1}: {mistake['true']}, taken for {mistake['predicted']}, {share}"
+            self.logger.report_image(
+                "worst mistakes", series, summary["best_epoch"], local_path=self.folder.mistake(place)
+            )
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Report a line of metrics.jsonl, as far as it is not known; its epoch is the iteration."""
@@ -130,10 +148,37 @@ class RunReport:
                 self.confusion(series, *found)
         summary = self.folder.summary()
         if summary is not None:
+            fit = summary.get("calibration") or {}
             figures = summary | {"train_hours": summary["train_seconds"] / 3600}
-            for name in SINGLE_VALUES:
+            figures |= {name: summary["best"].get(name) for name in OF_BEST}
+            figures |= {name: fit.get(name) for name in OF_CALIBRATION}
+            for name in (*SINGLE_VALUES, *OF_BEST, *OF_CALIBRATION):
                 if figures[name] is not None:
                     self.logger.report_single_value(name, figures[name])
+            self.quality(summary)
+
+    def quality(self, summary: Mapping[str, Any]) -> None:
+        """Report what the best weights of a finished run are worth: tables, the ROC curve, how far probabilities hold."""
+        epoch = summary["best_epoch"]
+        for title, content in (("classes, worst first", class_table(summary)), ("inference", inference_table(summary))):
+            if content is not None:
+                table = [list(content[0]), *map(list, content[1])]
+                self.logger.report_table(title, "best", iteration=epoch, table_plot=table)
+        shown = self.folder.assessment()
+        roc, reliability = shown.get("roc"), shown.get("reliability")
+        if roc:
+            line = {"x": roc["false_positive_rate"], "y": roc["true_positive_rate"], "name": "best weights"}
+            axes = ("others called so, share", f"{self.classes[1]} found, share")
+            self.logger.report_plotly("ROC", "best", iteration=epoch, figure=plotly([line], *axes))
+        if reliability:
+            lines = []
+            for name, title in curve_titles(summary["calibration"]).items():
+                curve = reliability[name]
+                some = [i for i, count in enumerate(curve["counts"]) if count]
+                points = {"x": [curve["confidence"][i] for i in some], "y": [curve["accuracy"][i] for i in some]}
+                lines.append(points | {"name": title, "text": [f"{curve['counts'][i]} images" for i in some]})
+            axes = ("probability of the class named", "share that is right")
+            self.logger.report_plotly("reliability", "best", iteration=epoch, figure=plotly(lines, *axes))
 
 
 class TaskReport(RunReport):
@@ -214,6 +259,16 @@ def points(record: Mapping[str, Any]) -> Iterator[tuple[str, str, float, int]]:
             yield title, series, value, record["epoch"]
     for name in record.get("non_finite", ()):
         yield "non_finite", name, 1, record["epoch"]
+
+
+def plotly(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, Any]:
+    """Build a plot of lines over [0, 1], and the diagonal, in the form that the dashboard draws.
+
+    x, y: titles of the axes
+    """
+    diagonal = {"x": [0, 1], "y": [0, 1], "name": "", "line": {"dash": "dash"}, "showlegend": False}
+    data = [{"type": "scatter", "mode": "lines+markers", **line} for line in (*lines, diagonal | {"mode": "lines"})]
+    return {"data": data, "layout": {"xaxis": {"title": x, "range": [0, 1]}, "yaxis": {"title": y, "range": [0, 1]}}}
 
 
 def digest(path: str) -> str:

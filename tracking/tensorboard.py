@@ -160,6 +160,14 @@ class Events:
         if told := self.new(title, series, iteration):
             self.writer.add_figure(told[0], confusion_figure(matrix, xlabels), iteration)
 
+    def report_plotly(self, title: str, series: str, iteration: int, figure: Mapping[str, Any]) -> None:
+        """Write a picture of the lines of a plot."""
+        from reporting.figures import lines_figure
+
+        if told := self.new(title, series, iteration):
+            axes = (figure["layout"][axis]["title"] for axis in ("xaxis", "yaxis"))
+            self.writer.add_figure(told[0], lines_figure(figure["data"], *axes), iteration)
+
     def new(self, title: str, series: str, iteration: int) -> Told | None:
         """Note that a series is told at an iteration; return its tag and step, None if that was told."""
         told = f"{title}/{series}".replace(",", "").replace(" ", "_"), iteration  # as TensorBoard would, with a warning
