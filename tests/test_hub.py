@@ -22,6 +22,7 @@ from images import hub
 from images.datasets import ImageTree, load_data
 from images.loaders import augment_on
 from images.store_build import store_key
+from reporting.assessment import path_of
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from utils import Runtime
@@ -77,6 +78,7 @@ def parquet(tmp_path):
 def test_columns_by_type_classes_by_name_and_validation_for_val(parquet, capsys):
     data = load(parquet)
     assert data.classes == NAMES and data.train.targets.tolist() == [0, 1, 0, 1] and len(data.val) == 4
+    assert path_of(data.train, 2) == f"row 2 of {parquet}, split train"
     image, target = data.train[3]
     assert (image.mode, image.size, target) == ("RGB", (20, 16), 1)
     assert image.getpixel((5, 5)) == pytest.approx((30, 90, 200), abs=3)

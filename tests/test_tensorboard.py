@@ -3,12 +3,14 @@
 import importlib.util
 import io
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from programs import ROOT
 from runs import metrics, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
@@ -17,6 +19,7 @@ from learning.learner import Learner
 from reporting.folder import RunFolder
 from reporting.log import Dashboard
 from tracking.dashboard import Dashboards
+from tracking.tensorboard import Events
 
 STAGED = "--stages 2 --epochs 4 --train-crop-size 32 48 --dropout 0.1 0.4 --model-ema --model-ema-steps 1".split()
 
@@ -104,6 +107,17 @@ def test_the_outcome_and_the_hyperparameters_it_is_compared_by(shown):
     compared = metadata.parse_experiment_plugin_data(told[metadata.EXPERIMENT_TAG].plugin_data.content).metric_infos
     assert "final/top1" in {metric.name.tag for metric in compared}
     assert metadata.SESSION_END_INFO_TAG in told
+
+
+def test_it_takes_all_that_a_report_tells(shown):
+    """ClearML's logger has more methods than are called."""
+    called = set(re.findall(r"self\.logger\.(\w+)", (ROOT / "tracking" / "report.py").read_text()))
+    assert len(called) >= 6 and all(hasattr(Events, name) for name in called)
+    folder, events = shown
+    tags = events.Tags()["images"]
+    mistakes = json.loads((folder / "report" / "best.json").read_text())["mistakes"]
+    assert sum(tag.startswith("worst_mistakes/") for tag in tags) == len(mistakes)
+    assert "ROC/best" in tags and all(re.fullmatch(r"[-/\w.]+", tag) for tag in tags)
 
 
 def test_a_resumed_run_tells_nothing_twice(shown, images, tmp_path, monkeypatch):
