@@ -45,7 +45,7 @@ class DrawnImages(Dataset):
 class CroppedImages(Dataset):
     """Batches of images, cropped, resized and flipped as a batch preset draws; the rest is left to the device.
 
-    A batch is uint8 (N, 3, S, S), channels last in memory, as crops come; class numbers (N,); and what is left to do
+    A batch is uint8 (N, 3, S, S) at the preset's crop_size, channels last in memory, as crops come; class numbers (N,); and what is left to do
     (`BatchPreset.choose`).
     """
 
@@ -59,7 +59,7 @@ class CroppedImages(Dataset):
 
     def __getitems__(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
         """Load the batch of the samples with these keys."""
-        size = self.preset.image_size
+        size = self.preset.crop_size
         numbers = uniforms(self.seed, draws)
         indices = [index for _, index, _ in draws]
         if isinstance(self.images, StoredImages):
@@ -79,7 +79,7 @@ class CroppedImages(Dataset):
         rows = images.index[indices]
         boxes = self.preset.boxes(numbers, rows["height"], rows["width"]).tolist()
         for index, row, box in zip(indices, rows.tolist(), boxes):
-            yield crop_tensor(images.view(row), box, self.preset.image_size), images.targets[index]
+            yield crop_tensor(images.view(row), box, self.preset.crop_size), images.targets[index]
 
     def from_file(self, index: int, numbers: Array) -> tuple[Tensor, int]:
         """Crop one image out of its file: the crop (3, S, S) and the class number.
@@ -88,7 +88,7 @@ class CroppedImages(Dataset):
         """
         with opened(self.images, index) as (image, target):
             (box,) = self.preset.boxes(numbers, np.array([image.height]), np.array([image.width])).tolist()
-            crop = crop_pil(image, box, self.preset.image_size, InterpolationMode.BILINEAR)
+            crop = crop_pil(image, box, self.preset.crop_size, InterpolationMode.BILINEAR)
             return torch.from_numpy(np.array(crop)).permute(2, 0, 1), target
 
 
@@ -283,7 +283,7 @@ def augment_whole(
     rows = crop_rows(starts, widths, boxes, preset.flips(draws))
     packed = to_device(np.column_stack([rows, preset.choose(draws), targets]), flat.device)
     crops, choices, classes = packed.split([rows.shape[1], preset.CHOICES, 1], dim=1)
-    images = crop_batch(flat, crops, boxes[:, 2:].max(axis=0).tolist(), preset.image_size)
+    images = crop_batch(flat, crops, boxes[:, 2:].max(axis=0).tolist(), preset.crop_size)
     return preset.finish(images, choices, runtime.memory_format), classes.flatten()
 
 

@@ -35,12 +35,13 @@ LOCK = ".lock"  # held by whoever builds in the folder
 def store_side(config: Config) -> int:
     """Compute the short side of stored images, pixels.
 
-    It is twice the largest training crop, or what evaluation resizes to, if that is more. Smaller images stay as they
+    It is twice the largest training crop (`augment_size`, if that is set), or what evaluation resizes to, if that is more. Smaller images stay as they
     are. `docs/performance.md` derives what this costs: nothing for images up to this size, detail in the tightest crops
     of larger ones.
     """
     largest = int(max(config.train_crop_size))
     evaluated = max(largest, config.val_crop_size) * config.val_resize_size / config.val_crop_size
+    largest = config.augment_size or largest
     return max(2 * largest, math.ceil(evaluated))
 
 

@@ -153,6 +153,11 @@ def check_images(config: Config) -> None:
         )
     if len(config.train_crop_scale) != 2 or config.train_crop_scale[0] > config.train_crop_scale[1]:
         raise ConfigError(f"train_crop_scale takes smallest and largest share, got {show(config.train_crop_scale)}")
+    if config.augment_size is not None and config.augment_size < int(max(config.train_crop_size)):
+        raise ConfigError(
+            f"augment_size {config.augment_size} is below train_crop_size {max(config.train_crop_size):g}; images are only "
+            "reduced from it, so give that size or more"
+        )
     if config.val_crop_size > config.val_resize_size:
         raise ConfigError(
             f"val_crop_size {config.val_crop_size} is larger than val_resize_size {config.val_resize_size}; "

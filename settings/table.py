@@ -152,6 +152,7 @@ class Config:
     mixup_alpha: tuple[float, ...] = setting((0.0,), "mixup's Beta(alpha, alpha); 0 is off", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="mixup_alpha", heading="mixup", absent="off", axis="probability, alpha", least=LEAST_ALPHA))
     cutmix_alpha: tuple[float, ...] = setting((0.0,), "cutmix's Beta(alpha, alpha); 0 is off; with mixup on, each batch gets one of the two", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="cutmix_alpha", heading="cutmix", absent="off", axis="probability, alpha", least=LEAST_ALPHA))
     train_crop_scale: tuple[float, float] = setting((0.08, 1.0), "smallest and largest area of the random crop, as shares of the image", kind="floats", group="augmentation", interval="(0, 1]")
+    augment_size: int | None = setting(None, "side of the image that is cropped and that the policy works on, pixels, then reduced to the stage's size with antialiasing; unset: the stage's size", kind="int", group="augmentation", interval="[1, 8192]", optional=True)
     hflip_prob: float = setting(0.5, "probability of a horizontal flip", kind="float", group="augmentation", interval="[0, 1]")
     ra_sampler: bool = setting(False, "repeated augmentation: each image ra_reps times in a step, as many images per epoch as without", kind="bool", group="augmentation")
     ra_reps: int = setting(3, "repeats of ra_sampler", kind="int", group="augmentation", interval="[1, 100]", needs=("ra_sampler", (True,)))

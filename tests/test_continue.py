@@ -147,7 +147,7 @@ def test_settings_that_came_since_the_oldest_run_are_resumed_as_that_run_was(tmp
     """Their values before there were any. A default that changes leaves them as they are: the table's `before`."""
     oldest = torch.load(ROOT / "tests/data/run_of_2026_11/checkpoint.pth", weights_only=True)["config"]
     since = {name: value for name, value in BEFORE.items() if name not in oldest and name not in LAUNCH + PLACE}
-    assert since == {"train_list": None, "val_list": None}
+    assert since == {"train_list": None, "val_list": None, "augment_size": None}
 
 
 def test_a_run_without_its_settings_file_is_told_those_of_its_checkpoint(tmp_path):
