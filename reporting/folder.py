@@ -261,12 +261,15 @@ class RunFolder:
             self.write_confusion("best", checkpoint.state.best_epoch, best[1])
         return checkpoint.best
 
-    def mend_best(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
-        """Make the best weights in the folder those that `checkpoint` tells of, or have it tell of none; say so."""
+    def mend_best(self, checkpoint: Checkpoint, num_epochs: int, runtime: Runtime) -> None:
+        """Make the best weights in the folder those that `checkpoint` tells of, or have it tell of none; say so.
+
+        num_epochs: that the run trains
+        """
         if runtime.is_main and checkpoint.state.best_epoch >= 0 and not self.has_best(checkpoint.best):
             state, last = checkpoint.state, checkpoint.state.epoch - 1
             what = f"{self.at(BEST)} is missing, damaged or of another epoch"
-            if state.step == 0 and last in (state.best_epoch, config.epochs - 1):
+            if state.step == 0 and last in (state.best_epoch, num_epochs - 1):
                 if state.best_epoch != last:  # nothing is left to train, so that the last weights have to do
                     state.best_epoch, state.best_weights = last, "model"
                 average = checkpoint.model_ema if state.best_weights == "ema" else None

@@ -202,7 +202,7 @@ class FolderLog(RunLog):
     ) -> None:
         self.wait()
         scores = closing[sizes["test_size"]]
-        self.folder.write_confusion("last", self.config.epochs - 1, scores["model"].confusion)
+        self.folder.write_confusion("last", self.plan.num_epochs - 1, scores["model"].confusion)
         self.folder.write_confusion("best", state.best_epoch, scores["best"].confusion)
         summary = summarise(self.config, self.plan, state, learner, sizes, closing, self.records, self.skipped)
         self.folder.write_summary(summary)

@@ -113,7 +113,7 @@ def summarise(
         "images_per_second": images / seconds if seconds else None,
         # As many images at the last stage's measured speed, over the time the run took
         "speedup_over_fixed_size": images / last_speed / seconds if last_speed and seconds else None,
-        "epochs": config.epochs,
+        "epochs": plan.num_epochs,
         "skipped_images": {
             "count": sum(map(len, skipped.values())),
             **{split: {printable(path): fault for path, fault in images} for split, images in skipped.items()},

@@ -68,7 +68,7 @@ def drop_or_reject_idle(values: dict[str, Any], level: dict[str, int]) -> None:
         for name in ("lr_warmup_method", "lr_warmup_decay"):
             needs[name] = ("lr_warmup_epochs", ("1 or more",))
     if values["stages"] == 1:
-        for name in ("stage_rule", "stage_epochs"):
+        for name in ("stage_rule", "stage_epochs", "lr_clock"):
             needs[name] = ("stages", ("2 or more",))
     for name, (master, accepted) in needs.items():
         if values[name] == DEFAULTS[name] or values[master] in accepted:
@@ -91,13 +91,16 @@ def check(config: Config) -> None:
     check_run(config)
 
 
-def doubts(config: Config) -> list[str]:
-    """List what is likely a mistake in settings that can be carried out all the same."""
-    if config.lr_warmup_epochs < config.epochs:
+def doubts(config: Config, span: int) -> list[str]:
+    """List what is likely a mistake in settings that can be carried out all the same.
+
+    span: epochs that the learning rate's schedule has (`LearningRate.span`)
+    """
+    if config.lr_warmup_epochs < span:
         return []
     # No error: a short trial of a long recipe is a common thing, and its learning rates are what was asked for.
     schedule = f"warm-up never ends, and lr_scheduler {config.lr_scheduler} does nothing"
-    return [f"lr_warmup_epochs {config.lr_warmup_epochs} with epochs {config.epochs}: {schedule}"]
+    return [f"lr_warmup_epochs {config.lr_warmup_epochs} of {span} epochs: {schedule}"]
 
 
 def check_stages(config: Config) -> None:
@@ -116,6 +119,11 @@ def check_stages(config: Config) -> None:
     if config.stages > config.epochs:
         raise ConfigError(f"{config.stages} stages need at least {config.stages} epochs, epochs is {config.epochs}")
     if config.stage_epochs is not None:
+        if config.stage_rule == "compute":
+            raise ConfigError(
+                "stage_epochs has no effect with stage_rule compute, which cuts the stages by their compute; leave one of "
+                "them out"
+            )
         if len(config.stage_epochs) != config.stages:
             raise ConfigError(
                 f"stage_epochs takes one value per stage ({config.stages}); got {len(config.stage_epochs)}"
@@ -128,7 +136,7 @@ def check_stages(config: Config) -> None:
         raise ConfigError(
             f"stage_rule released goes from a first to a last train_crop_size; got {len(config.train_crop_size)} value(s)"
         )
-    if config.start_epoch >= config.epochs:
+    if config.start_epoch >= config.epochs and config.stage_rule != "compute":  # which `stages.make_plan` checks
         raise ConfigError(f"start_epoch {config.start_epoch} is not below epochs {config.epochs}")
     if min(config.train_crop_size) < config.image_size_multiple:
         raise ConfigError(

@@ -113,13 +113,13 @@ class Config:
 
     # Stages
     stages: int = setting(1, "stages of progressive learning; 1 trains as the reference does", kind="int", group="stages", interval="[1, 1000]")
-    stage_rule: str = setting("paper", "image size of stage i of M, from S0 to Se: paper S0+(Se-S0)*i/(M-1), released code S0+(Se-S0)*(i+1)/M", kind="str", group="stages", choices=("paper", "released"))
-    stage_epochs: tuple[int, ...] | None = setting(None, "epochs of each stage; unset: stage i is epochs i*N//M up to (i+1)*N//M", kind="ints", group="stages", interval="[1, 1000000000]", optional=True)
+    stage_rule: str = setting("paper", "image size of stage i of M, from S0 to Se: paper S0+(Se-S0)*i/(M-1), released code S0+(Se-S0)*(i+1)/M; compute: the paper's sizes, and stages of equal compute, which see small images more often (EfficientTrain++)", kind="str", group="stages", choices=("paper", "released", "compute"))
+    stage_epochs: tuple[int, ...] | None = setting(None, "epochs of each stage; unset: stage i is epochs i*N//M up to (i+1)*N//M, or by stage_rule compute", kind="ints", group="stages", interval="[1, 1000000000]", optional=True)
     train_crop_size: tuple[float, ...] = setting((224.0,), "side of the training crop, pixels; rounded down", kind="floats", group="stages", interval="[1, 8192]", scheduled=Schedule(field="image_size", heading="image size", axis="image size, px", whole=True))
     image_size_multiple: int = setting(1, "round training sizes down to a multiple of this", kind="int", group="stages", interval="[1, 512]")
 
     # Training
-    epochs: int = setting(90, "passes over the training images, all stages together", kind="int", group="training", interval="[1, 1000000000]")
+    epochs: int = setting(90, "passes over the training images, all stages together; with stage_rule compute, as many at the last size as the run is to cost", kind="int", group="training", interval="[1, 1000000000]")
     start_epoch: int = setting(0, "first epoch to train, counted from 0; a resumed run knows its own", kind="int", group="training", interval="[0, 1000000000]")
     batch_size: tuple[float, ...] = setting((32.0,), "images per step and process", kind="floats", group="training", interval="[1, 1000000000]", scheduled=Schedule(field="batch_size", heading="batch", whole=True), flags=["-b"])
     opt: str = setting("sgd", "optimizer", kind="str", group="training", choices=("sgd", "sgd_nesterov", "rmsprop", "adamw"))
@@ -133,6 +133,7 @@ class Config:
     clip_grad_norm: float | None = setting(None, "scale gradients down to at most this norm", kind="float", group="training", interval="(0, inf)", optional=True)
     lr_scheduler: str = setting("steplr", "how the learning rate falls after warm-up", kind="str", group="training", choices=("steplr", "cosineannealinglr", "exponentiallr"))
     lr_update: str = setting("epoch", "follow the schedule once per epoch, as the reference, or at every step", kind="str", group="training", choices=("epoch", "step"))
+    lr_clock: str = setting("epochs", "what the learning rate follows: epochs, or the share of the run's compute that is spent, counted by area; all of it is `epochs`, so that with stage_rule compute warm-up and falls count passes at the last size", kind="str", group="training", choices=("epochs", "compute"))
     lr_warmup_epochs: int = setting(0, "epochs of warm-up", kind="int", group="training", interval="[0, 1000000000]")
     lr_warmup_method: str = setting("constant", "warm-up", kind="str", group="training", choices=("linear", "constant"))
     lr_warmup_decay: float = setting(0.01, "warm-up starts at this share of lr", kind="float", group="training", interval="[0, 1]")

@@ -33,7 +33,7 @@ from settings.resolve import resolve
 from settings.sources import UniqueKeys, read_command_line, reject_unknown
 from settings.table import LAUNCH, PLACE, SETTINGS, Config, show
 from settings.values import nearest
-from stages import Plan, Stage, make_plan, plan_stages
+from stages import Plan, Stage, make_plan, plan_of, plan_stages
 
 KEYS = ("title", "base", "settings", "conditions", "grid", "seeds", "metric", "control")
 OWN = ("config", "plan", "seed", "output_dir", "resume", "overwrite", "test_only", "time_budget")  # the sweep's own
@@ -297,7 +297,7 @@ def plan_like(config: Config, others: Iterable[Run]) -> Plan:
     stages = plan_stages(config)
     for run in others:
         if key(run.config, run.plan.stages) == key(config, stages):
-            return Plan(stages, run.plan.gflops_per_image)
+            return plan_of(config, stages, run.plan.gflops_per_image)
     return make_plan(config)
 
 

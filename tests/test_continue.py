@@ -36,7 +36,7 @@ def leave_checkpoint(folder, path=None, **state):
 
 
 def find(config):
-    return find_checkpoint(config, CPU, own=os.path.join(config.output_dir, "checkpoint.pth"))
+    return find_checkpoint(config, CPU, own=os.path.join(config.output_dir, "checkpoint.pth"), num_epochs=config.epochs)
 
 
 def test_a_setting_that_an_older_checkpoint_does_not_know_has_its_default(tmp_path, capsys):
@@ -147,7 +147,7 @@ def test_settings_that_came_since_the_oldest_run_are_resumed_as_that_run_was(tmp
     """Their values before there were any. A default that changes leaves them as they are: the table's `before`."""
     oldest = torch.load(ROOT / "tests/data/run_of_2026_11/checkpoint.pth", weights_only=True)["config"]
     since = {name: value for name, value in BEFORE.items() if name not in oldest and name not in LAUNCH + PLACE}
-    assert since == {"train_list": None, "val_list": None, "augment_size": None}
+    assert since == {"train_list": None, "val_list": None, "lr_clock": "epochs", "augment_size": None}
 
 
 def test_a_run_without_its_settings_file_is_told_those_of_its_checkpoint(tmp_path):
@@ -193,7 +193,7 @@ def test_a_file_by_name_starts_a_run_of_its_own(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"epoch": 5}, "has trained 5 epochs already; epochs 5 must be more"),
+        ({"epoch": 5}, "has trained 5 epochs already; the 5 of this run must be more"),
         ({"epoch": 2, "step": 4}, "stopped inside epoch 2"),
     ],
 )
