@@ -39,6 +39,7 @@ from images.loaders import TrainLoader, augment_on, batches_of_all, eval_loader,
 from images.store_place import with_store
 from images.workers import closing_loader
 from learning.faults import one_line
+from learning.fit import check_decoding, fit
 from learning.learner import Learner, build_learner
 from learning.models import check_model
 from learning.optim import LearningRate, set_learning_rate
@@ -54,7 +55,7 @@ from reporting.progress import Progress
 from settings.errors import ConfigError, first_line, tell
 from settings.resolve import doubts
 from settings.table import Config
-from stages import Plan, StageScheduler, make_plan
+from stages import Plan, StageScheduler, make_plan, plan_of, plan_stages
 from tracking.deadline import exit_now
 from tracking.run import find_dashboard
 from tracking.settings import find_settings
@@ -100,18 +101,27 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
     # One step and a few images of every stage to come: what does not fit or cannot be read shows now, not in hours
     ahead = plan.ahead(state.epoch)
     reserved = rehearse(ahead, learner, len(data.train))
+    fitting = config.fit_time is not None and checkpoint is None
+    if fitting:
+        check_decoding(config, data, runtime)
     data = with_store(config, data, runtime, reserved)  # decoded once; on the GPU if training leaves it room
     if config.decode_cache == "auto":
         config = replace(config, decode_cache=data.store_folder or "off")
     if checkpoint is not None:
         check_store(checkpoint, config, data)
     make_loader = partial(train_loader, config, data, runtime)
+    forecast = None
+    if fitting:  # the epochs that a time affords, from steps and an evaluation that are timed and undone
+        scheduler = StageScheduler(make_loader, learner.copies.values())
+        config, forecast = fit(config, data, learner, ahead, scheduler, train_one_epoch, evaluate)
+        plan = plan_of(config, plan_stages(config), plan.gflops_per_image)
+        ahead, learning_rate = plan.ahead(0), LearningRate(config, plan.stages)
     samples = {stage.index: sample_grid(make_loader(stage), stage.epochs.start) for stage in ahead}
     log = RunLog()
     if runtime.is_main:
-        log = FolderLog(folder, config, plan, data, samples, state.epoch, dashboard, checkpoint)
+        log = FolderLog(folder, config, plan, data, samples, state.epoch, dashboard, checkpoint, forecast)
     at_end.enter_context(log)
-    runtime.say(str(plan))
+    runtime.say(f"{plan}\n{forecast}" if forecast else str(plan))
     val_loader = eval_loader(config, data, runtime, config.val_crop_size)
     known: dict[str, Score] = {}  # at test size: of the weights as they are, and of the best
 

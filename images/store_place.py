@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 
 from images.datasets import Data, ImageTree
 from images.store import HEADER, StoredImages, held, open_store
-from images.store_build import NoRoom, build, estimate, origin, store_key, store_name
+from images.store_build import NoRoom, build, decode, estimate, origin, store_key, store_name
+from images.workers import processes_for
 from settings.errors import ConfigError, first_line, printable
 from settings.table import Config
 from utils import Runtime
@@ -235,6 +236,24 @@ def discard_empty(folder: str) -> None:
 def human(size: float) -> str:
     """Format a number of bytes in GiB or MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def building_seconds(config: Config, data: Data) -> float:
+    """Estimate how long `with_store` will decode, from a few images of each set that has no store yet."""
+    if config.decode_cache == "off" or not (isinstance(data.train, ImageTree) and isinstance(data.val, ImageTree)):
+        return 0.0
+    sets, side, total = [data.train, data.val], store_side(config), 0.0
+    folders = candidates(config, [images.root for images in sets])
+    for images in sets:
+        name = store_name(images, side, store_key(images, side))
+        if not any(os.path.exists(os.path.join(folder, name)) for folder in folders):
+            chosen = range(0, len(images), max(1, len(images) // 20))
+            started = time.perf_counter()
+            for index in chosen:
+                decode(images, index, side)
+            each = (time.perf_counter() - started) / len(chosen)
+            total += each * len(images) / max(1, processes_for(len(images)))
+    return total
 
 
 def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) -> Data:

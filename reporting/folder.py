@@ -28,7 +28,7 @@ from learning.checkpoint import (
     write_safely,
 )
 from settings.errors import ConfigError, RunError
-from settings.resolve import RUN_SETTINGS
+from settings.resolve import FORECAST, RUN_SETTINGS
 from settings.table import Config
 from stages import Plan
 from utils import Runtime
@@ -80,7 +80,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of an older run, no others."""
         unfinished = [name + UNFINISHED for name in (CHECKPOINT, BEST)]
-        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR])]:
+        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR, FORECAST])]:
             with naming_fault(self.at(name)):
                 os.remove(self.at(name))
 

@@ -14,6 +14,15 @@ from settings.table import BEFORE, DEFAULTS, RA_SCALE_END, SCHEDULES, SETTINGS, 
 from settings.values import every, seconds
 
 RUN_SETTINGS = "config.yaml"  # in a run's folder: what it was made with
+FORECAST = "report/forecast.json"  # there, of a run that was fitted to a time
+FITTED = (
+    "epochs",
+    "stage_epochs",
+    "stage_rule",
+    "lr_warmup_epochs",
+    "lr_step_size",
+    "lr_gamma",
+)  # what was chosen for it
 
 
 def resolve(
@@ -44,11 +53,35 @@ def resolve(
         level.update(dict.fromkeys(given, i))
     if values["stage_epochs"] and level["epochs"] < level["stage_epochs"]:
         values["epochs"] = sum(values["stage_epochs"])
+    if values["fit_time"] is not None:
+        keep_fitted(values, level)
     if not values["test_only"]:
         drop_or_reject_idle(values, level)
     config = Config(**values)
     check(config)
     return config
+
+
+def keep_fitted(values: dict[str, Any], level: Mapping[str, int]) -> None:
+    """Give a run that goes on the lengths that `fit_time` has chosen for it when it began, in place of `fit_time`.
+
+    values, level: as for `drop_or_reject_idle`
+
+    Raises:
+        ConfigError: it began without; epochs are given by the same source as fit_time, or a later one.
+    """
+    folder = values["output_dir"]
+    begun = os.path.join(folder, RUN_SETTINGS)
+    if values["resume"] == "auto" and os.path.isfile(begun):
+        if not os.path.isfile(os.path.join(folder, FORECAST)):
+            raise ConfigError(f"the run in {folder} has its epochs already, fit_time would change them; leave it out")
+        chosen = read_yaml(begun)
+        values.update({name: chosen.get(name, DEFAULTS[name]) for name in FITTED}, fit_time=None)
+    elif level["epochs"] >= level["fit_time"]:
+        raise ConfigError(
+            f"epochs {values['epochs']} has no effect with fit_time {values['fit_time']}, which chooses them; leave one of "
+            "them out"
+        )
 
 
 def drop_or_reject_idle(values: dict[str, Any], level: dict[str, int]) -> None:
@@ -192,7 +225,7 @@ def check_images(config: Config) -> None:
 
 
 def check_run(config: Config) -> None:
-    """Check resume, overwrite, test_only and time_budget."""
+    """Check resume, overwrite, test_only, time_budget and fit_time."""
     if config.resume and config.overwrite:
         raise ConfigError("resume continues a run, overwrite starts again; give one of them")
     if config.resume not in ("", "auto") and not os.path.isfile(config.resume):
@@ -201,4 +234,13 @@ def check_run(config: Config) -> None:
         raise ConfigError("test_only needs something to evaluate: --weights or --resume")
     if config.time_budget is not None:
         seconds(config.time_budget)
+    if config.fit_time is not None:
+        seconds(config.fit_time, "fit_time")
+        if config.plan is not None:
+            raise ConfigError(
+                "plan needs neither data nor time, fit_time measures both; leave one of them out: with fit_time the plan "
+                "is printed before the first epoch"
+            )
+        if config.start_epoch > 0 or config.resume not in ("", "auto"):
+            raise ConfigError("fit_time plans a whole run; leave start_epoch and a checkpoint to start from out")
     every(config.checkpoint_every)

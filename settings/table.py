@@ -184,6 +184,7 @@ class Config:
     output_dir: str = setting(".", "the run's folder", kind="str", group="run")
     resume: str = setting("", "auto: continue the run in output_dir, if there is one; or a checkpoint file", kind="str", group="run")
     overwrite: bool = setting(False, "start again in a folder that holds a run", kind="bool", group="run")
+    fit_time: str | None = setting(None, "choose the epochs, and with them the learning rate's end, so that the whole run fits into this time (90s, 25m, 1.5h), counted from the start of the process; steps and an evaluation are timed first", kind="str", group="run", optional=True)
     time_budget: str | None = setting(None, "stop after this long (90s, 25m, 1.5h), saved; exit status 3", kind="str", group="run", optional=True)
     print_freq: int = setting(10, "steps between lines of progress", kind="int", group="run", interval="[1, 1000000000]")
     checkpoint_every: str = setting("1e", "save after so many epochs (5 or 5e), or at the end of the epoch in which so much time is up (90s, 25m, 1.5h); a stage's end, the last epoch and a stop are saved always", kind="str", group="run")
@@ -214,7 +215,7 @@ BEFORE: dict[str, Any] = {name: row["before"] for name, row in SETTINGS.items()}
 SCHEDULES: dict[str, Schedule] = {name: row["scheduled"] for name, row in SETTINGS.items() if row["scheduled"]}
 
 # How a run is started, not what it computes: left out of its config.yaml, free to differ on resume.
-LAUNCH = ("config", "debug", "download", "overwrite", "plan", "resume", "test_only", "time_budget")
+LAUNCH = ("config", "debug", "download", "fit_time", "overwrite", "plan", "resume", "test_only", "time_budget")
 CLEARML = ("clearml", "clearml_project", "clearml_task", "clearml_tags")
 # Where and how it runs: written down, and free to differ on resume.
 PLACE = (
