@@ -343,6 +343,7 @@ SCHEDULES_COMPARED = (
 KINDS: dict[str, tuple[Kind, ...]] = {
     "reproduce": SCHEDULES_COMPARED,
     "staged_192px": SCHEDULES_COMPARED,
+    "schedules": (*SCHEDULES_COMPARED[:1], EVERY_SEED),
     "epochs": (EVERY_SEED, Kind("time", "Accuracy against training time", accuracy_over_time), PARALLEL),
     "dropout": (EVERY_SEED, PARALLEL),
     "image_size": (EVERY_SEED, PARALLEL),
