@@ -92,6 +92,20 @@ def eval_preset(
     return v1.Compose(steps + to_normalised(lib, backend))
 
 
+def test_preset(config: Config, crop_size: int) -> v1.Compose:
+    """Build the evaluation transform of a run, at `crop_size`.
+
+    Images are resized in proportion: as val_resize_size is to val_crop_size.
+    """
+    return eval_preset(
+        crop_size=crop_size,
+        resize_size=round(crop_size * config.val_resize_size / config.val_crop_size),
+        interpolation=config.interpolation,
+        backend=config.backend,
+        use_v2=config.use_v2,
+    )
+
+
 class BatchPreset:
     """A stage's training preset for batches, in two parts.
 

@@ -21,7 +21,7 @@ from images.order import DrawSampler
 from images.sources import Source, find_source
 from images.store import StoredImages
 from images.workers import make_loader
-from presets import batch_mix, eval_preset, stage_preset
+from presets import batch_mix, stage_preset, test_preset
 from settings.errors import ConfigError
 from settings.table import Config
 
@@ -172,14 +172,7 @@ def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) ->
     on_cuda = runtime.device.type == "cuda"
     if on_cuda and isinstance(data.val, StoredImages) and augment_on(config, runtime) == "device":
         return EvalOnDevice(data.val, runtime, crop_size=crop_size, resize_size=resize_size, batch_size=batch_size)
-    transform = eval_preset(
-        crop_size=crop_size,
-        resize_size=resize_size,
-        interpolation=config.interpolation,
-        backend=config.backend,
-        use_v2=config.use_v2,
-    )
-    images = EvalImages(data.val, transform, runtime.rank, runtime.world_size)
+    images = EvalImages(data.val, test_preset(config, crop_size), runtime.rank, runtime.world_size)
     return make_loader(images, runtime, config.workers, batch_size=batch_size)
 
 

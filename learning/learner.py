@@ -188,13 +188,19 @@ class Learner:
         return replace(checkpoint.state)
 
 
+def build_model_of(
+    config: Config, num_classes: int, weights: dict[str, Tensor] | None, runtime: Runtime
+) -> tuple[nn.Module, str]:
+    """Build the model of a run, on the device, and a line that says what of `weights` it holds."""
+    model, loaded = build_model(config.model, num_classes, weights, config.bn_momentum)
+    return model.to(runtime.device).to(memory_format=runtime.memory_format), loaded  # type: ignore[call-overload]
+
+
 def build_learner(
     config: Config, num_classes: int, weights: dict[str, Tensor] | None, runtime: Runtime
 ) -> tuple[Learner, str]:
     """Build what `config` trains, on the device, and a line that says what of `weights` it holds."""
-    model, loaded = build_model(config.model, num_classes, weights, config.bn_momentum)
-    model = model.to(runtime.device)
-    model = model.to(memory_format=runtime.memory_format)
+    model, loaded = build_model_of(config, num_classes, weights, runtime)
     if config.sync_bn and runtime.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     learner = Learner(

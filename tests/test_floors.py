@@ -14,6 +14,7 @@ FLOORS = [
     "learning",
     "stages",
     "reporting",
+    "inference",
     "studies",
     "tracking",
     "train",

@@ -84,6 +84,9 @@ def test_rows_are_known_by_what_shapes_a_run_and_not_by_place_or_seed(write):
     assert digests[0] == digests[2] != digests[1]
     assert digests == [run.settings_digest for run in other.runs]
     assert read_study(write(text), "r", ["--epochs", "5"]).runs[0].settings_digest != digests[0]
+    # Of {"epochs": 4, "lr": 0.2, "model": ..., "train_crop_size": 32, "val_crop_size": 32, "val_resize_size": 32} and no
+    # setting more, so that those still to come leave the rows there are what they are.
+    assert digests[1] == "d08ba32895a4"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,127 @@
+"""A trained model as its run left it: weights, names of classes, and how images are made ready for it."""
+
+import os
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+from learning.checkpoint import Checkpoint
+from learning.learner import build_model_of
+from learning.models import check_name
+from learning.weights import read_weights
+from presets import test_preset
+from reporting.folder import BEST, CHECKPOINT, RunFolder
+from settings.errors import ConfigError, first_line
+from settings.resolve import RUN_SETTINGS, resolve
+from settings.table import CLEARML, LAUNCH, Config
+from utils import Runtime, start_runtime
+
+# What a run began with need not be there any more, and where and how fast it ran says nothing about here.
+NOT_OF_THE_MODEL = {
+    *LAUNCH, *CLEARML, "weights", "decode_cache", "decode_on", "augment_on",
+    "device", "amp", "amp_dtype", "compile", "cuda_graphs", "world_size", "dist_url",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model of a run, on the device and set to evaluate.
+
+    config: the run's settings, but for those of where and how fast it ran
+    classes: names, in the order of the model's outputs
+    image_size: side of the images that it takes, pixels; the run's test size unless asked otherwise
+    weights: which they are, for people: `best weights of epoch 7`
+    finished: the run was; else `weights` are those so far
+    temperature: what logits are divided by before softmax, for probabilities that mean what they say
+    """
+
+    folder: RunFolder
+    config: Config
+    classes: list[str]
+    model: nn.Module
+    runtime: Runtime
+    image_size: int
+    weights: str
+    finished: bool
+    temperature: float
+
+    @property
+    def resize_size(self) -> int:
+        """The short side that images are resized to before their centre is cropped, pixels."""
+        return round(self.image_size * self.config.val_resize_size / self.config.val_crop_size)
+
+    @property
+    def transform(self) -> Compose:
+        """The run's transform of validation images: an RGB PIL image to float32 (3, image_size, image_size)."""
+        return test_preset(self.config, self.image_size)
+
+    def __str__(self) -> str:
+        unfinished = "" if self.finished else ", of a run that is not finished"
+        return (
+            f"{self.folder.path}: {self.config.model}, {self.weights}{unfinished}; {len(self.classes)} classes, "
+            f"{self.image_size} px"
+        )
+
+
+def open_run(
+    path: str, *, weights: str = "best", image_size: int | None = None, device: str = "auto", amp: bool = False
+) -> Trained:
+    """Open what a run has trained.
+
+    path: its folder
+    weights: "best", or "last": of a checkpoint, its moving average if the run keeps one
+    image_size: pixels; None: the run's test size
+    amp: mixed precision, of the run's type if it had one; else full precision, as what is shipped
+
+    Raises:
+        ConfigError: no run, one without weights, weights that are damaged or of another model; no such device.
+    """
+    folder = RunFolder(path)
+    if not folder.has(RUN_SETTINGS):
+        raise ConfigError(f"{path} holds no run: it has no {RUN_SETTINGS}; give the output_dir of a training")
+    try:
+        values = folder.settings()
+        classes = folder.classes()
+    except Exception as error:  # hand-made, or cut off: what is wrong with it varies
+        raise ConfigError(f"{path}: its settings or classes cannot be read ({first_line(error)})") from error
+    config = resolve([], {name: values[name] for name in values if name not in NOT_OF_THE_MODEL} | {"device": device})
+    check_name(config.model)
+    if amp:
+        config = replace(config, amp=True, amp_dtype=values.get("amp_dtype", "auto"))
+    summary = folder.summary()
+    runtime = start_runtime(config)
+    state, which = weights_of(folder, config, weights)
+    model, _ = build_model_of(config, len(classes), state, runtime)
+    return Trained(
+        folder=folder,
+        config=config,
+        classes=classes,
+        model=model.eval(),
+        runtime=runtime,
+        image_size=image_size or config.val_crop_size,
+        weights=which,
+        finished=summary is not None,
+        temperature=float(((summary or {}).get("calibration") or {}).get("temperature") or 1.0),
+    )
+
+
+def weights_of(folder: RunFolder, config: Config, which: str) -> tuple[dict[str, Tensor], str]:
+    """Read the weights of a run; return them, and say which they are.
+
+    Raises:
+        ConfigError: there are none, or they are damaged.
+    """
+    if which == "best" and folder.has(BEST):
+        confusion = folder.confusion("best")
+        epoch = "" if confusion is None else f" of epoch {confusion[0] + 1}"
+        return read_weights(config.model, folder.at(BEST)), f"best weights{epoch}"
+    if not folder.has(CHECKPOINT):
+        there = f"it has {BEST} alone" if folder.has(BEST) else "nothing was saved yet"
+        raise ConfigError(f"{os.path.join(folder.path, CHECKPOINT)} is not there: {there}")
+    checkpoint = Checkpoint.load(folder.checkpoint)
+    average = checkpoint.model_ema
+    return (
+        average or checkpoint.model,
+        f"last weights{' (EMA)' if average else ''}, after epoch {checkpoint.state.epoch}",
+    )

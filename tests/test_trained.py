@@ -1,0 +1,61 @@
+"""A run opened for use: its weights, classes, preprocessing, and what is said where there is none."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import make_tree, start
+
+from inference.trained import open_run
+from settings.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    place = tmp_path_factory.mktemp("trained")
+    tree = make_tree(place / "images")
+    assert start(tree, place / "run", "--epochs", "2", "--val-resize-size", "40", "--val-crop-size", "32") == 0
+    return place / "run"
+
+
+def test_best_weights_are_opened_with_the_run_s_classes_and_test_size(run):
+    trained = open_run(str(run), device="cpu")
+    assert trained.classes == ["ant", "bee"] and trained.finished and trained.temperature == 1.0
+    assert (trained.image_size, trained.resize_size) == (32, 40) and not trained.model.training
+    best = torch.load(run / "model_best.pth", weights_only=True)
+    assert all(torch.equal(value, best[name]) for name, value in trained.model.state_dict().items())
+    wide = Image.fromarray(np.zeros((80, 160, 3), np.uint8))
+    assert trained.transform(wide).shape == (3, 32, 32)
+    assert open_run(str(run), device="cpu", image_size=64).resize_size == 80  # in proportion
+
+
+def test_last_weights_and_temperature(run, tmp_path):
+    last = open_run(str(run), device="cpu", weights="last")
+    saved = torch.load(run / "checkpoint.pth", weights_only=True)["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in last.model.state_dict().items())
+    assert str(last).endswith("last weights, after epoch 2; 2 classes, 32 px")
+    summary = json.loads((run / "summary.json").read_text())
+    try:
+        (run / "summary.json").write_text(json.dumps(summary | {"calibration": {"temperature": 1.5}}))
+        assert open_run(str(run), device="cpu").temperature == 1.5
+        (run / "summary.json").unlink()
+        assert "not finished" in str(open_run(str(run), device="cpu"))
+    finally:
+        (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_what_is_no_run_is_said_in_a_line(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no run: it has no config\.yaml"):
+        open_run(str(tmp_path))
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    with pytest.raises(ConfigError, match="its settings or classes cannot be read"):
+        open_run(str(tmp_path))
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "plan.json").write_text((run / "report" / "plan.json").read_text())
+    with pytest.raises(ConfigError, match="nothing was saved yet"):
+        open_run(str(tmp_path), device="cpu")
+    (tmp_path / "model_best.pth").write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match="not a file of weights"):
+        open_run(str(tmp_path), device="cpu")
