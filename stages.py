@@ -207,7 +207,8 @@ class Plan:
     @property
     def relative_cost(self) -> float:
         """Arithmetic of the run over that of `compared_with` epochs at the last stage's size."""
-        return sum(self.full_passes(self.gflops_per_image)) / self.compared_with
+        spent = sum(len(stage.epochs) * gflops for stage, gflops in zip(self.stages, self.gflops_per_image))
+        return spent / (self.compared_with * self.gflops_per_image[-1])
 
     def full_passes(self, costs: Sequence[float]) -> list[float]:
         """Compute what each stage comes to in passes at the last size.
