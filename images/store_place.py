@@ -36,14 +36,25 @@ LOCK = ".lock"  # held by whoever builds in the folder
 def store_side(config: Config) -> int:
     """Compute the short side of stored images, pixels.
 
-    It is twice the largest training crop (`augment_size`, if that is set), or what evaluation resizes to, if that is more. Smaller images stay as they
-    are. `docs/performance.md` derives what this costs: nothing for images up to this size, detail in the tightest crops
-    of larger ones.
+    It is twice the largest training crop (`augment_size`, if that is set), or what evaluation resizes to, if that is more.
+    Smaller images stay as they are. `docs/performance.md` derives what this costs: nothing for images up to this size,
+    detail in the tightest crops of larger ones.
     """
     largest = int(max(config.train_crop_size))
     evaluated = max(largest, config.val_crop_size) * config.val_resize_size / config.val_crop_size
     largest = config.augment_size or largest
     return max(2 * largest, math.ceil(evaluated))
+
+
+def store_halves(config: Config) -> bool:
+    """Decide whether stored training images have a copy at half size: where it serves many crops of the first stage.
+
+    Those are crops of twice its size, more than half of them in images three times as large as it. Only batches
+    (augment_on device) are cropped out of it.
+    """
+    return config.augment_on == "device" and store_side(config) >= 3 * (
+        config.augment_size or min(config.train_crop_size)
+    )
 
 
 @contextmanager
@@ -164,8 +175,9 @@ def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str],
     Raises:
         ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
     """
-    keys = [store_key(images, side) for images in sets]
-    names = [store_name(images, side, key) for images, key in zip(sets, keys)]
+    halves = [store_halves(config), False]  # evaluation has one size
+    keys = [store_key(images, side, half) for images, half in zip(sets, halves)]
+    names = [store_name(images, side, half, key) for images, half, key in zip(sets, halves, keys)]
     for folder in folders:
         remove_leftovers(folder)
     there = [
@@ -173,7 +185,7 @@ def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str],
         for name, images, key in zip(names, sets, keys)
     ]
     missing = [i for i, path in enumerate(there) if path is None]
-    bytes_needed = sum(estimate(sets[i], side) for i in missing)
+    bytes_needed = sum(estimate(sets[i], side, halves[i]) for i in missing)
     if config.decode_cache == "auto":
         in_memory = bytes_needed + sum(os.path.getsize(path) for path in there if path is not None)
         room = MEMORY_SHARE * available_memory()
@@ -202,7 +214,7 @@ def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str],
             for i in missing:
                 path = there[i] = os.path.join(place, names[i])
                 if not whole(path, sets[i], keys[i], tell=False):  # unless another run was faster
-                    build(path, sets[i], side, keys[i])
+                    build(path, sets[i], side, keys[i], halves[i])
                     remove_outdated(path, sets[i])
     except NoRoom as error:
         discard_empty(place)
@@ -244,8 +256,8 @@ def building_seconds(config: Config, data: Data) -> float:
         return 0.0
     sets, side, total = [data.train, data.val], store_side(config), 0.0
     folders = candidates(config, [images.root for images in sets])
-    for images in sets:
-        name = store_name(images, side, store_key(images, side))
+    for images, half in zip(sets, (store_halves(config), False)):
+        name = store_name(images, side, half, store_key(images, side, half))
         if not any(os.path.exists(os.path.join(folder, name)) for folder in folders):
             chosen = range(0, len(images), max(1, len(images) // 20))
             started = time.perf_counter()
