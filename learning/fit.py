@@ -132,6 +132,7 @@ class Forecast:
     training, evaluating: after that, until summary.json is written
     ending: kept for what comes after that
     lengths: epochs of the stages
+    epochs: an epoch of each stage
     """
 
     asked: float
@@ -140,6 +141,7 @@ class Forecast:
     evaluating: float
     ending: float
     lengths: list[int]
+    epochs: list[float]
 
     @property
     def total(self) -> float:
@@ -147,10 +149,11 @@ class Forecast:
         return self.before + self.training + self.evaluating
 
     def __str__(self) -> str:
+        stages = " + ".join(f"{count} x {cost:.3g}" for count, cost in zip(self.lengths, self.epochs))
         return (
             f"fit_time: {self.total + self.ending:.0f} of {self.asked:.0f} s expected: {self.before:.0f} until now, "
-            f"{self.training:.0f} training, {self.evaluating:.0f} evaluating, {self.ending:.0f} for the end; the rest is "
-            "kept for what takes longer"
+            f"{self.training:.0f} training ({stages}), {self.evaluating:.0f} evaluating, {self.ending:.0f} for the end; the "
+            "rest is kept for what takes longer"
         )
 
     def outcome(self, taken: float) -> dict[str, Any]:
@@ -360,7 +363,6 @@ def fit(
             f"after the {before:.0f} s until now; give {math.ceil(before + least)}s or more"
         )
     schedule = LearningRate(config, stages)
-    forecast = Forecast(
-        asked, before, costs.training(lengths), costs.evaluations(lengths, config.eval_every), ending, lengths
-    )
+    evaluating = costs.evaluations(lengths, config.eval_every)
+    forecast = Forecast(asked, before, costs.training(lengths), evaluating, ending, lengths, costs.epochs)
     return with_lengths(config, lengths, schedule), forecast

@@ -86,10 +86,12 @@ def test_a_fitted_run_of_equal_compute_has_its_lengths_written_out(tmp_path):
 
 
 def test_a_forecast_and_its_error():
-    forecast = Forecast(asked=100.0, before=10.0, training=60.0, evaluating=10.0, ending=4.0, lengths=[2, 1])
+    forecast = Forecast(100.0, before=10.0, training=60.0, evaluating=10.0, ending=4.0, lengths=[2, 1], epochs=[15, 30])
     outcome = forecast.outcome(84.0)
     assert (outcome["forecast"], outcome["taken"], outcome["error"]) == (80.0, 84.0, pytest.approx(0.05))
-    assert "84 of 100 s expected: 10 until now, 60 training, 10 evaluating, 4 for the end" in str(forecast)
+    assert "84 of 100 s expected: 10 until now, 60 training (2 x 15 + 1 x 30), 10 evaluating, 4 for the end" in str(
+        forecast
+    )
 
 
 @pytest.mark.parametrize(
