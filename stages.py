@@ -6,15 +6,15 @@ on the model that trains; optimizer, schedule, EMA and the count of epochs are n
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from learning.cost import gflops_per_image
-from learning.models import build_on_meta, set_dropout, set_stochastic_depth
+from learning.models import build_on_meta, set_dropout, set_stochastic_depth, tuned_layers
 from settings.errors import ConfigError
 from settings.table import SCHEDULES, Config
 
@@ -35,6 +35,7 @@ class Stage:
     stochastic_depth_prob: probability of dropping the last block, [0, 1); None = the model's own
     random_erase: probability of erasing a rectangle, [0, 1]
     batch_size: images per step and process
+    finetune: trains the classifier alone, see `finetune_stage`
     """
 
     index: int
@@ -47,6 +48,7 @@ class Stage:
     stochastic_depth_prob: float | None
     random_erase: float
     batch_size: int
+    finetune: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Collect what may change from stage to stage, by name: for logs and tables."""
@@ -162,10 +164,33 @@ def plan_stages(config: Config) -> list[Stage]:
         columns["image_size"] = [int(released_image_size(first, last, i, config.stages)) for i in range(config.stages)]
     multiple = config.image_size_multiple
     columns["image_size"] = [size // multiple * multiple for size in columns["image_size"]]
-    return [
+    stages = [
         Stage(index=i, epochs=epochs, **{name: column[i] for name, column in columns.items()})
         for i, epochs in enumerate(stage_epochs(config, columns["image_size"]))
     ]
+    return [*stages, finetune_stage(config, stages[-1])] if config.finetune_epochs else stages
+
+
+def finetune_stage(config: Config, last: Stage) -> Stage:
+    """Build the stage after the `last` one, which trains the classifier alone, on images as evaluation sees them.
+
+    Nothing is dropped, mixed or augmented in it but by flips (`presets.finetune_preset`).
+
+    Source: arXiv:1906.06423 (FixRes), section 4.
+    """
+    return replace(
+        last,
+        index=last.index + 1,
+        epochs=range(last.epochs.stop, last.epochs.stop + config.finetune_epochs),
+        image_size=config.finetune_size or config.val_crop_size,
+        ra_magnitude=None,
+        mixup_alpha=0.0,
+        cutmix_alpha=0.0,
+        dropout=0.0,
+        stochastic_depth_prob=0.0,
+        random_erase=0.0,
+        finetune=True,
+    )
 
 
 def values_of(config: Config, name: str) -> list[Any]:
@@ -196,26 +221,37 @@ class Plan:
 
     @property
     def num_epochs(self) -> int:
-        """Epochs that the run trains; by stage_rule compute they are more than its setting `epochs`."""
+        """Epochs that the run trains, fine-tuning included; by stage_rule compute they are more than its setting `epochs`."""
         return self.stages[-1].epochs.stop
 
     @property
     def compared_with(self) -> int:
-        """Epochs at the last size that costs are told against: `full_epochs`, else as many as the run has."""
-        return self.full_epochs or self.num_epochs
+        """Epochs at the last size that costs are told against: `full_epochs`, else as many as the stages have."""
+        return self.full_epochs or self.last.epochs.stop
 
     @property
     def relative_cost(self) -> float:
-        """Arithmetic of the run over that of `compared_with` epochs at the last stage's size."""
-        spent = sum(len(stage.epochs) * gflops for stage, gflops in zip(self.stages, self.gflops_per_image))
-        return spent / (self.compared_with * self.gflops_per_image[-1])
+        """Arithmetic of the run over that of `compared_with` epochs at the last stage's size, fine-tuning left out of both."""
+        trained = [(len(stage.epochs), gflops) for stage, gflops in zip(self.stages, self.gflops_per_image) if not stage.finetune]  # fmt: skip
+        spent = sum(epochs * gflops for epochs, gflops in trained)
+        return spent / (self.compared_with * trained[-1][1])
+
+    @property
+    def last(self) -> Stage:
+        """The last stage that trains all of the model."""
+        return [stage for stage in self.stages if not stage.finetune][-1]
+
+    def evaluates(self, epoch: int, eval_every: int) -> bool:
+        """Check whether an epoch ends with an evaluation: every `eval_every`-th, the last, and the last before fine-tuning."""
+        return (epoch + 1) % eval_every == 0 or epoch + 1 in (self.last.epochs.stop, self.num_epochs)
 
     def full_passes(self, costs: Sequence[float]) -> list[float]:
-        """Compute what each stage comes to in passes at the last size.
+        """Compute what each stage but fine-tuning comes to in passes at the last size.
 
         costs: of an image in each stage, in any unit
         """
-        return [len(stage.epochs) * cost / costs[-1] for stage, cost in zip(self.stages, costs)]
+        trained = self.stages[: self.last.index + 1]
+        return [len(stage.epochs) * cost / costs[self.last.index] for stage, cost in zip(trained, costs)]
 
     @property
     def areas(self) -> list[float]:
@@ -235,7 +271,7 @@ class Plan:
         rows = [
             {"index": stage.index, "first_epoch": stage.epochs.start, "last_epoch": stage.epochs.stop}
             | stage.settings()
-            | {"gflops_per_image": gflops}
+            | {"gflops_per_image": gflops, "finetune": stage.finetune}
             for stage, gflops in zip(self.stages, self.gflops_per_image)
         ]
         compared = {} if self.full_epochs is None else {"full_epochs": self.full_epochs}
@@ -248,6 +284,7 @@ class Plan:
             Stage(
                 index=row["index"],
                 epochs=range(row["first_epoch"], row["last_epoch"]),
+                finetune=row.get("finetune", False),
                 **{schedule.field: row.get(schedule.field) for schedule in SCHEDULES.values()},
             )
             for row in content["stages"]
@@ -263,12 +300,13 @@ class Plan:
         for stage, gflops in zip(self.stages, self.gflops_per_image):
             shown = [schedule.show(getattr(stage, name)) for name, schedule in COLUMNS.items()]
             epochs = f"{stage.epochs.start + 1}-{stage.epochs.stop}"
-            rows.append([str(stage.index), epochs, *shown, f"{gflops:.4g}"])
+            rows.append([f"{stage.index}{' finetune' * stage.finetune}", epochs, *shown, f"{gflops:.4g}"])
         heads = ["stage", "epochs", *(schedule.heading for schedule in COLUMNS.values()), "GFLOPs/image"]
         if self.full_epochs is not None:
             for head, costs in (("full passes", self.areas), ("by GFLOPs", self.gflops_per_image)):
                 heads.append(head)
-                rows = [[*row, f"{passes:.4g}"] for row, passes in zip(rows, self.full_passes(costs))]
+                cells = [f"{passes:.4g}" for passes in self.full_passes(costs)]
+                rows = [[*row, cell] for row, cell in zip_longest(rows, cells, fillvalue="")]
         return heads, rows
 
     def __str__(self) -> str:
@@ -276,26 +314,35 @@ class Plan:
         heads, rows = self.table()
         widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [heads, *rows]]
-        cost = f"cost: {self.relative_cost:.3f} of {self.compared_with} epochs at {self.stages[-1].image_size} px throughout"
-        by_area = ""
+        last = self.last
+        cost = f"cost: {self.relative_cost:.3f} of {self.compared_with} epochs at {last.image_size} px throughout"
+        lines.append(f"{cost}, in multiply-adds")
         if self.full_epochs is not None:
-            by_area = f" ({sum(self.full_passes(self.areas)) / self.full_epochs:.3f} by area)"
-        return "\n".join([*lines, f"{cost}, in multiply-adds{by_area}"])
+            lines[-1] += f" ({sum(self.full_passes(self.areas)) / self.full_epochs:.3f} by area)"
+        if last != self.stages[-1]:
+            lines[-1] += (
+                f"; without {len(self.stages[-1].epochs)} epochs of fine-tuning, which take the forward pass alone"
+            )
+        return "\n".join(lines)
 
 
 def make_plan(config: Config) -> Plan:
     """Plan the stages of a run, and compute what they cost.
 
     Raises:
-        ConfigError: the model cannot take an image size, or has nothing that a drop rate could act on; start_epoch is
-            beyond the last stage.
+        ConfigError: the model cannot take an image size, has nothing that a drop rate could act on, or no classifier
+            that could be trained alone; start_epoch is beyond the last stage.
     """
     stages = plan_stages(config)
     model = build_on_meta(config.model)
+    if stages[-1].finetune:
+        tuned_layers(model)
     set_drop_rates(model, stages[0])  # all stages set the same ones
     plan = plan_of(config, stages, gflops_per_image(model, [stage.image_size for stage in stages]))
-    if config.start_epoch >= plan.num_epochs:
-        raise ConfigError(f"start_epoch {config.start_epoch} is not below the {plan.num_epochs} epochs of the stages")
+    if config.start_epoch >= plan.last.epochs.stop:
+        raise ConfigError(
+            f"start_epoch {config.start_epoch} is not below the {plan.last.epochs.stop} epochs of the stages"
+        )
     return plan
 
 
@@ -305,7 +352,12 @@ def plan_of(config: Config, stages: Sequence[Stage], gflops: Sequence[float]) ->
 
 
 def set_drop_rates(model: nn.Module, stage: Stage) -> None:
-    """Set the drop rates of `model` to those of `stage`; None leaves the model's own."""
+    """Set the drop rates of `model` to those of `stage`; None leaves the model's own.
+
+    In fine-tuning there is nothing to set: what could drop is in evaluation mode.
+    """
+    if stage.finetune:
+        return
     if stage.dropout is not None:
         set_dropout(model, stage.dropout)
     if stage.stochastic_depth_prob is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from augment.draws import Boxes
-from images.datasets import ImageTree
+from images.encoded import EncodedImages
 from settings.errors import RunError
 
 try:
@@ -71,11 +71,11 @@ class StoredImages:
         OSError, ValueError: no store of these images, or a damaged one.
     """
 
-    def __init__(self, path: str, source: ImageTree):
+    def __init__(self, path: str, source: EncodedImages):
         self.path = path
         self.source = source
         self.classes = source.classes
-        self.targets = source.samples.targets
+        self.targets = source.targets
         self.place = path  # where it is opened from; another one in a worker
         self.file: io.FileIO | None = io.FileIO(path)
         hold(self.file)
@@ -263,7 +263,7 @@ def read_index(file: io.FileIO, header: Mapping[str, Any]) -> NDArray:
     return index
 
 
-def open_store(path: str, images: ImageTree, key: str, check: bool = False) -> StoredImages:
+def open_store(path: str, images: EncodedImages, key: str, check: bool = False) -> StoredImages:
     """Open the store in `path`.
 
     key: of `store_key`, that the store must have been made with

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from augment.pixels import to_rgb
-from images.datasets import ImageTree
+from images.encoded import EncodedImages
 from images.store import ALIGN, FORMAT, HEADER, INDEX, aligned, bytes_of, checksum, header_checksum, hold
 from images.workers import closing_loader, loader_on_all_cores
 from settings.errors import ConfigError
@@ -29,7 +29,7 @@ def stored_size(height: int, width: int, side: int) -> tuple[int, int]:
     return round(height * scale), round(width * scale)
 
 
-def decode(images: ImageTree, index: int, side: int) -> NDArray[np.uint8]:
+def decode(images: EncodedImages, index: int, side: int) -> NDArray[np.uint8]:
     """Decode image `index` at its stored size: uint8 (H, W, 3).
 
     It is resized by bicubic interpolation with antialiasing. That keeps what is below half of the stored resolution,
@@ -68,29 +68,30 @@ class NoRoom(ConfigError):
     """The disk is full, or too full to begin."""
 
 
-def store_key(images: ImageTree, side: int, half: bool = False) -> str:
+def store_key(images: EncodedImages, side: int, half: bool = False) -> str:
     """Build a key that changes with all that a store is made from.
 
-    That is the names, sizes and times of the files, their order and classes, the side, copies at half size, the format.
+    That is the names, sizes and times of the files, or the table, their order and classes, the side, copies at half size,
+    the format.
     """
-    return hashlib.sha256(f"{FORMAT} {side} {half} {images.samples.fingerprint()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{FORMAT} {side} {half} {images.fingerprint()}".encode()).hexdigest()[:16]
 
 
-def store_name(images: ImageTree, side: int, half: bool, key: str) -> str:
+def store_name(images: EncodedImages, side: int, half: bool, key: str) -> str:
     """Build the name of the file of a store."""
     return f"{split_name(images)}-{side}{'+half' if half else ''}-{key}.images"
 
 
-def origin(images: ImageTree) -> str:
+def origin(images: EncodedImages) -> str:
     """Compute the digest of where images are from; a store made from there earlier is outdated by a new one."""
     return digest(images.root if images.only is None else f"{images.root}\0{images.only}")
 
 
-def split_name(images: ImageTree) -> str:
+def split_name(images: EncodedImages) -> str:
     return os.path.basename(os.path.abspath(images.root))
 
 
-def estimate(images: ImageTree, side: int, half: bool = False) -> int:
+def estimate(images: EncodedImages, side: int, half: bool = False) -> int:
     """Estimate the bytes of a store from the sizes of some of its images: all below 1,000, else 500 to 750.
 
     Reading every header would take a good part of the time of decoding.
@@ -108,7 +109,7 @@ def estimate(images: ImageTree, side: int, half: bool = False) -> int:
 class Decoding(Dataset):
     """Item i: image i is decoded and written to `path`, at the next free place; the item is its row of the index."""
 
-    def __init__(self, images: ImageTree, side: int, half: bool, path: str):
+    def __init__(self, images: EncodedImages, side: int, half: bool, path: str):
         self.images = images
         self.side = side
         self.half = half
@@ -146,7 +147,7 @@ def full_or_same(error: OSError, path: str) -> Exception:
     return ConfigError(f"decode_cache: cannot write {path}: {error.strerror}; give another folder, or off")
 
 
-def build(path: str, images: ImageTree, side: int, key: str, half: bool = False) -> None:
+def build(path: str, images: EncodedImages, side: int, key: str, half: bool = False) -> None:
     """Decode all `images` into a store file, on all cores; with copies at half size if asked.
 
     The file appears whole or not at all. If the machine fails before the disk has all of it, its checksums show that.

@@ -15,7 +15,8 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from images.datasets import Data, ImageTree
+from images.datasets import Data
+from images.encoded import EncodedImages
 from images.store import HEADER, StoredImages, held, open_store
 from images.store_build import NoRoom, build, decode, estimate, origin, store_key, store_name
 from images.workers import processes_for
@@ -36,12 +37,14 @@ LOCK = ".lock"  # held by whoever builds in the folder
 def store_side(config: Config) -> int:
     """Compute the short side of stored images, pixels.
 
-    It is twice the largest training crop (`augment_size`, if that is set), or what evaluation resizes to, if that is more.
-    Smaller images stay as they are. `docs/performance.md` derives what this costs: nothing for images up to this size,
-    detail in the tightest crops of larger ones.
+    It is twice the largest training crop (`augment_size`, if that is set), or what evaluation and fine-tuning resize to, if
+    that is more. Smaller images stay as they are. `docs/performance.md` derives what this costs: nothing for images up to
+    this size, detail in the tightest crops of larger ones.
     """
     largest = int(max(config.train_crop_size))
-    evaluated = max(largest, config.val_crop_size) * config.val_resize_size / config.val_crop_size
+    evaluated = (
+        max(largest, config.val_crop_size, config.finetune_size or 0) * config.val_resize_size / config.val_crop_size
+    )
     largest = config.augment_size or largest
     return max(2 * largest, math.ceil(evaluated))
 
@@ -77,7 +80,7 @@ def locked(folder: str) -> Iterator[None]:
         lock.release()
 
 
-def remove_outdated(path: str, images: ImageTree) -> None:
+def remove_outdated(path: str, images: EncodedImages) -> None:
     """Remove the stores that the one in `path` replaces, unless a run still uses them.
 
     They are of the same images and side, made from files that have changed since, or by an older version of this
@@ -146,7 +149,7 @@ def candidates(config: Config, roots: Sequence[str]) -> list[str]:
     """List the folders that a store may lie in, the preferred one first.
 
     With decode_cache auto that is beside the data, so that it serves everyone who sees them, and, where that cannot be
-    written, torch's folder for downloads.
+    written or the data are of the Hub, torch's folder for downloads.
 
     Raises:
         ConfigError: a folder was given that lies among the images, where it would be taken for a class.
@@ -164,10 +167,10 @@ def candidates(config: Config, roots: Sequence[str]) -> list[str]:
         return [config.decode_cache]
     beside = os.path.join(config.data_path, ".decode_cache")
     shared = os.path.join(torch.hub.get_dir(), "decode_cache")
-    return [shared] if among_images(beside) else [beside, shared]
+    return [shared] if config.dataset == "hub" or among_images(beside) else [beside, shared]
 
 
-def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str], side: int) -> list[str] | str:
+def make_room(config: Config, sets: Sequence[EncodedImages], folders: Sequence[str], side: int) -> list[str] | str:
     """Build the stores that are missing, so that every set has a whole one in one of `folders`.
 
     Returns: their paths, or, with decode_cache auto, why not every set has one.
@@ -224,7 +227,7 @@ def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str],
     return [path for path in there if path is not None]
 
 
-def whole(path: str, images: ImageTree, key: str, tell: bool = True) -> bool:
+def whole(path: str, images: EncodedImages, key: str, tell: bool = True) -> bool:
     """Check whether a whole store of these images lies in `path`; say why if a file lies there that is none."""
     try:
         open_store(path, images, key, check=True)
@@ -252,7 +255,9 @@ def human(size: float) -> str:
 
 def building_seconds(config: Config, data: Data) -> float:
     """Estimate how long `with_store` will decode, from a few images of each set that has no store yet."""
-    if config.decode_cache == "off" or not (isinstance(data.train, ImageTree) and isinstance(data.val, ImageTree)):
+    if config.decode_cache == "off" or not (
+        isinstance(data.train, EncodedImages) and isinstance(data.val, EncodedImages)
+    ):
         return 0.0
     sets, side, total = [data.train, data.val], store_side(config), 0.0
     folders = candidates(config, [images.root for images in sets])
@@ -279,7 +284,9 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
     Raises:
         ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
     """
-    if config.decode_cache == "off" or not (isinstance(data.train, ImageTree) and isinstance(data.val, ImageTree)):
+    if config.decode_cache == "off" or not (
+        isinstance(data.train, EncodedImages) and isinstance(data.val, EncodedImages)
+    ):
         return data
     sets = [data.train, data.val]
     side = store_side(config)

@@ -25,6 +25,7 @@ from learning.learner import Learner
 from learning.optim import LearningRate
 from learning.state import RunState
 from learning.stop import Stop
+from learning.throughput import SHARE
 from settings.errors import ConfigError
 from settings.table import Config
 from settings.values import every, seconds
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 RESERVE = 0.04  # of the time from the measuring on: by so much a run may be slower than its first steps
 MEASURING = 0.04  # of the time left may go into measuring
 PAGES = 0.025  # of training on a CPU: report.html is drawn once a minute, which takes one or two seconds
+ASSESSING = 1.5  # seconds before that: calibration, mistakes; the speed of inference takes SHARE of training
 ENDING, ENDING_CLEARML = 4.0, 8.0  # seconds after summary.json is written: the last report.html; what ClearML is sent
 BLOCKS = 5  # that measured steps are divided into; the median counts
 
@@ -55,7 +57,7 @@ class Costs:
     epochs: an epoch of each stage, with what is done at its end besides an evaluation
     entries: the beginning of each stage: workers, compilation
     evaluation: of all copies of the weights at test size
-    closing: evaluations after the last epoch
+    closing: what comes after the stages: fine-tuning, further evaluations
     """
 
     epochs: list[float]
@@ -216,12 +218,13 @@ class Measuring:
         config: Config,
         data: Data,
         learner: Learner,
+        stages: "Sequence[Stage]",
         scheduler: "StageScheduler",
         train: Callable[..., bool],
         evaluate: Callable[..., Mapping[str, Any]],
         limit: float,
     ):
-        self.config, self.data, self.learner, self.scheduler = config, data, learner, scheduler
+        self.config, self.data, self.learner, self.stages, self.scheduler = config, data, learner, stages, scheduler
         self.train, self.evaluate, self.limit = train, evaluate, limit
         self.runtime = learner.runtime
 
@@ -233,9 +236,10 @@ class Measuring:
         """Measure the seconds of an epoch of a stage, and of the stage's beginning; the caller undoes the steps."""
         started = time.perf_counter()
         loader = self.scheduler.enter(stage)
-        self.learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes)
+        self.learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes, stage.finetune)
         state = RunState(epoch=stage.epochs.start)
-        still = LearningRate(replace(self.config, lr=0.0, lr_min=0.0), [stage])  # weights stay what they are
+        config = replace(self.config, lr=0.0, lr_min=0.0, finetune_lr=None)  # weights stay what they are
+        still = LearningRate(config, self.stages)
         unseen = SimpleNamespace(title="measuring", step=lambda step, losses: None)
 
         def steps(marks: Sequence[int]) -> Few:
@@ -284,17 +288,21 @@ class Measuring:
         return copied - started, written - copied
 
 
-def measure(measuring: Measuring, stages: "Sequence[Stage]") -> Costs:
-    """Measure what the parts of a run take; the learner is afterwards as it was."""
-    config, learner, runtime = measuring.config, measuring.learner, measuring.runtime
+def measure(measuring: Measuring) -> Costs:
+    """Measure what the parts of a run take; the learner is afterwards as it was.
+
+    Fine-tuning, whose epochs are given, counts as a part of what comes after the stages.
+    """
+    config, learner, runtime, stages = measuring.config, measuring.learner, measuring.runtime, measuring.stages
     known: dict[tuple, tuple[float, float]] = {}
     found = []
     with learner.undoing(), measuring.scheduler:
         for stage in stages:
-            key = (stage.image_size, stage.batch_size, stage.mixup_alpha > 0 or stage.cutmix_alpha > 0)
+            key = (stage.image_size, stage.batch_size, stage.mixup_alpha > 0 or stage.cutmix_alpha > 0, stage.finetune)
             known[key] = known.get(key) or measuring.stage(stage)
             found.append(known[key])
         copy, write = measuring.save()
+        learner.finetune(False)
         evaluation = measuring.evaluation()
     if learner.ema is not None:  # it is what the weights are before the first step
         learner.ema.module.load_state_dict(learner.model.state_dict())
@@ -306,12 +314,16 @@ def measure(measuring: Measuring, stages: "Sequence[Stage]") -> Costs:
     for seconds_of_epoch, _ in found:
         # Written while training goes on, but on a CPU at its cost; the best weights are another part of it.
         waiting = 1.4 * write if on_cpu else max(0.0, write - seconds_of_epoch)
-        times.append(seconds_of_epoch * (1 + (PAGES if on_cpu else 0.0)) + saves * (copy + waiting))
-    closing = 0.0
+        times.append(seconds_of_epoch * (1 + SHARE + (PAGES if on_cpu else 0.0)) + saves * (copy + waiting))
+    closing = ASSESSING
     if stages[-1].image_size != config.val_crop_size:
         area = (stages[-1].image_size / config.val_crop_size) ** 2
-        closing = evaluation * max(area, 0.25 + 0.75 * area) * (len(learner.copies) + 1) / len(learner.copies)
-    return runtime.from_main(Costs(times, [entry for _, entry in found], evaluation, closing))
+        closing += evaluation * max(area, 0.25 + 0.75 * area) * (len(learner.copies) + 1) / len(learner.copies)
+    entries = [entry for _, entry in found]
+    if stages[-1].finetune:
+        count = len(stages[-1].epochs)
+        closing += count * times.pop() + entries.pop() + (math.ceil(count / config.eval_every) + 1) * evaluation
+    return runtime.from_main(Costs(times, entries, evaluation, closing))
 
 
 # ---- the whole ----
@@ -349,7 +361,8 @@ def fit(
     assert config.fit_time is not None
     asked, runtime = seconds(config.fit_time, "fit_time"), learner.runtime
     limit = MEASURING * max(1.0, asked - since_start()) / (len({stage.image_size for stage in stages}) + 1)
-    costs = measure(Measuring(config, data, learner, scheduler, train, evaluate, limit), stages)
+    costs = measure(Measuring(config, data, learner, stages, scheduler, train, evaluate, limit))
+    stages = stages[: len(costs.epochs)]  # fine-tuning keeps its epochs
     before = runtime.from_main(since_start())
     ending = ENDING + (ENDING_CLEARML if config.clearml != "off" else 0.0)
     left = asked - before

@@ -22,6 +22,9 @@ NORM_LAYERS = (
 )
 EMBEDDINGS = ("class_token", "pos_embedding", "position_embedding", "relative_position_bias_table")
 
+# FixRes fine-tunes ResNet-50 with 0.001 after a training with 0.02, both for 512 images a step (facebookresearch/FixRes).
+FINETUNE_SHARE = 20
+
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, norm: float | None, bias: float | None, embedding: float | None
@@ -75,15 +78,16 @@ class LearningRate:
     `lr_clock: epochs` it is at whole epochs what the reference's chain of torch schedulers gives. With `compute` the
     schedule runs over the share of the run's compute that is spent, counted by area, as EfficientTrain++ (arXiv:2405.08768)
     has it: all of the run is `epochs` of the settings, so that with `stage_rule: compute` warm-up and falls are counted in
-    passes at the last size.
+    passes at the last size. In fine-tuning it is constant.
 
     stages: of the whole run
-    num_epochs: that they train
+    num_epochs: that they train, fine-tuning left out
     span: where the schedule ends, on its clock
     """
 
     def __init__(self, config: Config, stages: "Sequence[Stage]"):
         self.config = config
+        stages = [stage for stage in stages if not stage.finetune]
         self.num_epochs = stages[-1].epochs.stop
         self.on_compute = config.lr_clock == "compute"
         self.span = config.epochs if self.on_compute else self.num_epochs
@@ -92,6 +96,8 @@ class LearningRate:
 
     def __call__(self, epoch: float) -> float:
         config = self.config
+        if epoch >= self.num_epochs:
+            return config.finetune_lr or config.lr / FINETUNE_SHARE
         time = self.clock(math.floor(epoch) if config.lr_update == "epoch" else epoch)
         warmup = config.lr_warmup_epochs
         if time >= warmup:

@@ -41,7 +41,10 @@ VARIABLE = (
     "fit_time gives every run other epochs, as fast as its machine happens to be; a study needs epochs or stage_epochs"
 )
 ASIDE = ("base", "held_out", "metric", "control")  # of a condition, besides settings
-METRICS = ("top1", "top1_ema", "best_top1", "held_out_top1", "auc")  # columns of the rows that are better when higher
+# Columns of the rows that are better when higher
+METRICS = (
+    "top1", "top1_ema", "best_top1", "balanced_accuracy", "macro_f1", "held_out_top1", "held_out_balanced_accuracy", "auc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
