@@ -138,11 +138,11 @@ def of_three(monkeypatch, clock):
 
 def test_a_fitted_run_is_the_run_of_its_config(images, tmp_path, of_three, capsys):
     out, again = tmp_path / "run", tmp_path / "again"
-    assert start(images, out, *STAGES, "--fit-time", "10m", "--mixup-alpha", "0.2") == 0
+    assert start(images, out, *STAGES, "--fit-time", "10m", "--mixup-alpha", "0.2", "--finetune-epochs", "1") == 0
     (costs,) = of_three
     assert all(seconds > 0 for seconds in [*costs.epochs, costs.evaluation, costs.closing]) and len(costs.epochs) == 2
     printed = capsys.readouterr().out
-    assert "of 600 s expected" in printed and "epoch 3/3" in printed
+    assert "of 600 s expected" in printed and "epoch 4/4" in printed  # the last of them fine-tunes, as it was given
     written = yaml.safe_load((out / "config.yaml").read_text())
     assert (written["epochs"], written["stage_epochs"], written["lr_step_size"]) == (3, [1, 2], 1)  # 30 of 90 epochs
     assert written["lr_warmup_epochs"] == 1 and "fit_time" not in written  # 9 of 90: no less than one
