@@ -6,6 +6,7 @@ resumed run has no epoch twice, one that was killed has lost none, and TensorBoa
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,6 +100,7 @@ class TensorBoard(Dashboard):
         if self.events is not None:
             with never_fatal("what the run came to is not shown", "TensorBoard"):
                 self.report.outcome()
+                self.report.mistakes()
                 self.events.close(self.finished)
 
 
@@ -172,7 +174,8 @@ class Events:
 
     def new(self, title: str, series: str, iteration: int) -> Told | None:
         """Note that a series is told at an iteration; return its tag and step, None if that was told."""
-        told = f"{title}/{series}".replace(",", "").replace(" ", "_"), iteration  # as TensorBoard would, with a warning
+        tag = re.sub(r"[^-/\w.]", "_", f"{title}/{series}".replace(",", ""))  # as TensorBoard would, with a warning
+        told = tag, iteration
         if told in self.told:
             return None
         self.told.add(told)
