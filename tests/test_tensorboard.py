@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 import shutil
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from programs import ROOT
 from runs import metrics, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
@@ -87,7 +89,7 @@ def test_the_worst_mistakes_are_pictures_and_the_curves_too(shown, tmp_path):
     report.mistakes()
     report.mistakes()
     told.writer.close()
-    (picture,) = read(tmp_path / "run" / "again").Images("worst_mistakes/1__ant_taken_for_bee_98.7__")
+    (picture,) = read(tmp_path / "run" / "again").Images("worst_mistakes/1_ant_taken_for_bee_98.7")
     assert Image.open(io.BytesIO(picture.encoded_image_string)).size == (20, 10)
     assert picture.step == copied.summary()["best_epoch"]
 
@@ -118,11 +120,23 @@ def test_the_outcome_and_the_hyperparameters_it_is_compared_by(shown):
     start = metadata.parse_session_start_info_plugin_data(told[metadata.SESSION_START_INFO_TAG].plugin_data.content)
     assert start.hparams["lr"].number_value == 0.01 and start.hparams["dropout"].string_value == "[0.1, 0.4]"
     assert start.hparams["model"].string_value == "efficientnet_v2_tiny"
+    assert start.hparams["model_ema"].string_value == "true"
     kept = yaml.safe_load((folder / "config.yaml").read_text())
     assert set(start.hparams) == set(kept)
     compared = metadata.parse_experiment_plugin_data(told[metadata.EXPERIMENT_TAG].plugin_data.content).metric_infos
     assert "final/top1" in {metric.name.tag for metric in compared}
     assert metadata.SESSION_END_INFO_TAG in told
+
+
+def test_it_takes_all_that_a_report_tells(shown):
+    """ClearML's logger has more methods than are called."""
+    called = set(re.findall(r"self\.logger\.(\w+)", (ROOT / "tracking" / "report.py").read_text()))
+    assert len(called) >= 6 and all(hasattr(Events, name) for name in called)
+    folder, events = shown
+    tags = events.Tags()["images"]
+    mistakes = json.loads((folder / "report" / "best.json").read_text())["mistakes"]
+    assert sum(tag.startswith("worst_mistakes/") for tag in tags) == len(mistakes)
+    assert "ROC/best" in tags and all(re.fullmatch(r"[-/\w.]+", tag) for tag in tags)
 
 
 def test_a_resumed_run_tells_nothing_twice(shown, images, tmp_path, monkeypatch):
