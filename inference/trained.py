@@ -11,7 +11,7 @@ from learning.learner import build_model_of
 from learning.models import check_name
 from learning.weights import read_weights
 from presets import test_preset
-from reporting.folder import BEST, CHECKPOINT, RunFolder
+from reporting.folder import BEST, CHECKPOINT, PLAN, RunFolder
 from settings.errors import ConfigError, first_line
 from settings.resolve import RUN_SETTINGS, resolve
 from settings.table import CLEARML, LAUNCH, Config
@@ -94,6 +94,11 @@ def open_run(
     runtime = start_runtime(config)
     state, which = weights_of(folder, config, weights)
     model, _ = build_model_of(config, len(classes), state, runtime)
+    for name, value in model.state_dict().items():
+        if state[name].shape != value.shape:  # which training takes for a head to be made anew
+            raise ConfigError(
+                f"{path}: its weights have {len(state[name])} outputs ({name}), its {PLAN} names {len(classes)} classes"
+            )
     return Trained(
         folder=folder,
         config=config,

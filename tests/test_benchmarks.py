@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from programs import ROOT
-from runs import make_tree
+from runs import make_tree, write_run
+
+from learning.models import build_model
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the program's own modules
-common, trees, loader, step, end_to_end, progressive, overhead, tables, fit_time = map(
+common, trees, loader, step, end_to_end, progressive, overhead, prediction, tables, fit_time = map(
     importlib.import_module,
-    ["common", "trees", "loader", "step", "end_to_end", "progressive", "overhead", "tables", "fit_time"],
+    "common trees loader step end_to_end progressive overhead prediction tables fit_time".split(),
 )
 
 linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's /proc")
@@ -160,7 +162,22 @@ def test_links_to_images_again_where_there_are_too_few(tmp_path):
     assert len({f.resolve() for f in (tmp_path / "linked").rglob("*.png")}) == 6
 
 
-@pytest.mark.parametrize("script", [loader, step, end_to_end, progressive, overhead])
+def test_prediction(tmp_path):
+    tree, file = make_tree(tmp_path / "images"), tmp_path / "rows.json"
+    run = write_run(tmp_path / "run", ["a", "b"], "--model", SMALL[1], model=build_model(SMALL[1], 2)[0])
+    rows = rows_of(prediction, "--run", run, "--device", "cpu", "--data", tree, "--json", file, "--images", 20, "--batch-size", 8, "--workers", 0, "--repeats", 1)  # fmt: skip
+    assert_origin(rows[0], "prediction")
+    assert [row["way"] for row in rows] == ["evaluate", "predict", "memory", "memory-tenfold"]
+    times = rows[1]["images_per_second"] / rows[0]["images_per_second"]
+    assert rows[1]["times_evaluate"] == pytest.approx(times) and rows[1]["image_size"] == 32
+    assert [(row["images"], row["damaged"], row["every_one_a_row"]) for row in rows[2:]] == [
+        (20, 1, True),
+        (200, 2, True),
+    ]
+    assert all(row["peak_rss_gib"] is None or 0.05 < row["peak_rss_gib"] < 2 for row in rows[2:])
+
+
+@pytest.mark.parametrize("script", [loader, step, end_to_end, progressive, overhead, prediction])
 def test_help_says_what_and_how_long(script, capsys):
     with pytest.raises(SystemExit) as end:
         script.read_options(["--help"])

@@ -1,6 +1,7 @@
 """A run opened for use: its weights, classes, preprocessing, and what is said where there is none."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -60,3 +61,13 @@ def test_what_is_no_run_is_said_in_a_line(run, tmp_path):
     (tmp_path / "model_best.pth").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="not a file of weights"):
         open_run(str(tmp_path), device="cpu")
+
+
+def test_weights_of_more_classes_than_have_names(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    plan = json.loads((run / "report" / "plan.json").read_text())
+    (tmp_path / "run" / "report" / "plan.json").write_text(json.dumps(plan | {"classes": ["ant"]}))
+    with pytest.raises(
+        ConfigError, match=r"have 2 outputs \(classifier.1.weight\), its report/plan.json names 1 classes"
+    ):
+        open_run(str(tmp_path / "run"), device="cpu")
