@@ -95,10 +95,10 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
         check_data(checkpoint, data)
         state = learner.restore(checkpoint, to_train=not config.test_only)
     runtime.say(f"{loaded}\n{data}\n{runtime}")
-    if class_weights is not None:
-        runtime.say(tell_class_weights(class_weights, data.classes))
     if config.test_only:
         return test(config, data, learner)
+    if class_weights is not None:
+        runtime.say(tell_class_weights(class_weights, data.classes))
 
     # One step and a few images of every stage to come: what does not fit or cannot be read shows now, not in hours
     ahead = plan.ahead(state.epoch)

@@ -165,8 +165,8 @@ def worst_mistakes(outputs: Outputs, temperature: float) -> list[dict[str, Any]]
 
 
 def path_of(images: Images, index: int) -> str | None:
-    """Say where an image lies, in a file or a row; None for images that lie in neither."""
-    source = getattr(images, "source", images)
+    """Say where an image lies, a file or a row; None for images that are made in memory."""
+    source = getattr(images, "source", images)  # of a decode-once store
     return printable(source.describe(index)) if isinstance(source, EncodedImages) else None
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -19,6 +20,7 @@ from learning.learner import Learner
 from reporting.folder import RunFolder
 from reporting.log import Dashboard
 from tracking.dashboard import Dashboards
+from tracking.report import RunReport
 from tracking.tensorboard import Events
 
 STAGED = "--stages 2 --epochs 4 --train-crop-size 32 48 --dropout 0.1 0.4 --model-ema --model-ema-steps 1".split()
@@ -73,6 +75,23 @@ def test_each_stage_s_picture_at_its_beginning(shown):
         assert picture.step == step
         kept = np.asarray(Image.open(folder / "report" / f"stage_{stage}.png"))
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))), kept)
+
+
+def test_the_worst_mistakes_are_pictures_and_the_curves_too(shown, tmp_path):
+    folder, events = shown
+    assert {"ROC/best", "reliability/best"} <= set(events.Tags()["images"])
+    copied = RunFolder(str(shutil.copytree(folder, tmp_path / "run")))
+    mistake = {"index": 3, "true": "ant", "predicted": "bee", "probability": 0.987, "path": None}
+    copied.write_assessment({"mistakes": [mistake]})
+    copied.write_mistake(0, Image.new("RGB", (20, 10), "red"))
+    told = Events(copied.at("again/tensorboard"), {})
+    report = RunReport(copied, told)
+    report.mistakes()
+    report.mistakes()
+    told.writer.close()
+    (picture,) = read(tmp_path / "run" / "again").Images("worst_mistakes/1_ant_taken_for_bee_98.7")
+    assert Image.open(io.BytesIO(picture.encoded_image_string)).size == (20, 10)
+    assert picture.step == copied.summary()["best_epoch"]
 
 
 def test_plan_settings_and_accuracy_per_class_are_text(shown):

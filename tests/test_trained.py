@@ -40,6 +40,7 @@ def test_last_weights_and_temperature(run, tmp_path):
     try:
         (run / "summary.json").write_text(json.dumps(summary | {"calibration": {"temperature": 1.5}}))
         assert open_run(str(run), device="cpu").temperature == 1.5
+        assert open_run(str(run), device="cpu", weights="last").temperature == 1.0  # it is that of the best
         (run / "summary.json").unlink()
         assert "not finished" in str(open_run(str(run), device="cpu"))
     finally:
