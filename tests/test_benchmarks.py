@@ -14,8 +14,9 @@ from programs import ROOT
 from runs import make_tree
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the program's own modules
-common, trees, loader, step, end_to_end, progressive, overhead, tables = map(
-    importlib.import_module, ["common", "trees", "loader", "step", "end_to_end", "progressive", "overhead", "tables"]
+common, trees, loader, step, end_to_end, progressive, overhead, tables, fit_time = map(
+    importlib.import_module,
+    ["common", "trees", "loader", "step", "end_to_end", "progressive", "overhead", "tables", "fit_time"],
 )
 
 linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's /proc")
@@ -115,6 +116,26 @@ def test_progressive(tmp_path):
     assert staged["relative_cost"] == pytest.approx((1.84 + 4.29) / (2 * 4.29), abs=0.005)
     assert staged["time_ratio"] == pytest.approx(staged["train_seconds"] / fixed["train_seconds"])
     assert staged["times_relative_cost"] == pytest.approx(staged["time_ratio"] / staged["relative_cost"])
+
+
+def test_runs_that_fit_a_time(tmp_path, monkeypatch):
+    tree, file, ran = make_tree(tmp_path / "images"), tmp_path / "rows.json", []
+
+    def pretend(flags, folder):
+        ran.append(flags)
+        Path(folder).mkdir()
+        fitted = {"error": -0.01, "lengths": [3, 2], "before": 9.0}
+        summary = {"fit_time": fitted, "stages": [{"image_size": 64}, {"image_size": 128}], "train_seconds": 80.0}
+        Path(folder, "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(fit_time, "run_training", pretend)
+    rows = rows_of(fit_time, "--data", tree, "--json", file, "--device", "cpu", "--times", 0.5)
+    assert [row["way"] for row in rows] == list(fit_time.RUNS) and len(rows) == 10
+    assert_origin(rows[0], "fit_time")
+    for row, (minutes, _), flags in zip(rows, fit_time.RUNS.values(), ran):
+        assert row["asked_seconds"] == 30 * minutes and f"{30 * minutes:g}s" in flags
+        assert row["within"] and row["share_used"] == pytest.approx(row["seconds"] / (30 * minutes))
+    assert sum(minutes for minutes, _ in fit_time.RUNS.values()) == 72  # as its head says
 
 
 def test_overhead(tmp_path):
