@@ -174,7 +174,7 @@ class Events:
     def new(self, title: str, series: str, iteration: int) -> Told | None:
         """Note that a series is told at an iteration; return its tag and step, None if that was told."""
         # Other characters would be replaced all the same, and that be said
-        told = re.sub(r"[^-/\w.]+", "_", f"{title}/{series}", flags=re.ASCII).strip("_"), iteration
+        told = re.sub(r"[^-/\w.]+", "_", f"{title}/{series}").strip("_"), iteration
         if told in self.told:
             return None
         self.told.add(told)
