@@ -30,7 +30,7 @@ def to_export(trained: Trained) -> nn.Module:
     model = copy.deepcopy(trained.model).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in model.modules():
         if isinstance(module, Classifier):
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     return model.eval().requires_grad_(False)
 
 

@@ -124,7 +124,7 @@ def ask(artifact: Artifact, arrays: Sequence[NDArray]) -> NDArray:
     places: dict[tuple[int, ...], list[int]] = {}
     for place, array in enumerate(arrays):
         places.setdefault(array.shape, []).append(place)
-    logits = {}
+    logits: dict[int, NDArray] = {}
     for those in places.values():
         logits.update(zip(those, artifact(np.stack([arrays[place] for place in those]))))
     return np.stack([logits[place] for place in range(len(arrays))])

@@ -119,9 +119,9 @@ class Preprocessed(nn.Module):
 class ResizedCrop(nn.Module):
     """PIL's resize and a centre crop, to the grey level, for images of any size: uint8 (N, 3, H, W) to (N, 3, S, S).
 
-    Bilinear or bicubic. A resize of torch or of ONNX gives other pixels by a grey level, which moves logits by hundredths. PIL's is two
-    products with a matrix of whole numbers: each pixel of the result is a weighted mean of a row's pixels, rounded to 8
-    bits, then of a column's. In float64 those products are exact, in any order, on any device.
+    Bilinear or bicubic. A resize of torch or of ONNX gives other pixels by a grey level, and logits that differ by
+    hundredths. PIL's is two products with a matrix of whole numbers: each pixel of the result is a weighted mean of a
+    row's pixels, rounded to 8 bits, then of a column's. In float64 those products are exact, in any order.
 
     Source: Pillow, src/libImaging/Resample.c.
     """
@@ -134,8 +134,7 @@ class ResizedCrop(nn.Module):
         self.size = how["crop"]["size"]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        numbers = {"dtype": torch.float64, "device": pixels.device}
-        rows, columns = (torch.arange(length, **numbers) for length in pixels.shape[2:])
+        rows, columns = (torch.arange(length, dtype=torch.float64, device=pixels.device) for length in pixels.shape[2:])
         # As tensors, not as numbers: one graph then holds for upright and wide images.
         height, width = rows.max() + 1, columns.max() + 1
         short = torch.minimum(height, width)
