@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torchvision.models import get_model
 from exports.preprocessing import Preprocessed
 from inference.trained import Trained
 from learning.models import Classifier
-from settings.errors import RunError, first_line
+from settings.errors import RunError
 
 Artifact = Callable[[NDArray], NDArray]  # a batch of what the file takes, to logits (N, K) float32
 ABOUT = "about.json"  # the metadata in a file of torch.export
@@ -60,11 +62,15 @@ def dynamic_sizes(how: Mapping[str, Any]) -> dict[int, Any]:
     return {axis: torch.export.Dim(name) for axis, name in enumerate(names)}
 
 
-def cannot(what: str, trained: Trained, error: Exception) -> RunError:
-    """Make the error of a model that does not go through an exporter, in one line."""
+def cannot(exporter: str, trained: Trained, error: BaseException) -> RunError:
+    """Make the error of a model that does not go through an exporter, in one line: what it began with, which versions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = re.sub(r"\x1b\[\d*m", "", (str(error).strip() or type(error).__name__).splitlines()[0])
+    with_script = f" with onnxscript {version('onnxscript')}" if exporter == "torch.onnx" else ""
     return RunError(
-        f"{what} of torch {torch.__version__} cannot export {trained.config.model} ({type(error).__name__}: "
-        f"{first_line(error)}); newer versions can more (the tests run 2.14), --to safetensors needs no exporter"
+        f"{exporter} of torch {torch.__version__}{with_script} cannot export {trained.config.model} ({said}); a newer torch "
+        "may, docs/export.md says which packages go with an older one; --to safetensors needs no exporter"
     )
 
 

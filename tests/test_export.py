@@ -82,6 +82,8 @@ def exported(run, tmp_path_factory):
     done = {}
 
     def export(target, preprocessing, *flags):
+        if target == "onnx" and torch.__version__.startswith("2.6."):
+            pytest.skip("its exporter wants packages of its time, and some operations it does not know")
         if (target, preprocessing) not in done:
             own = shutil.copytree(run, tmp_path_factory.mktemp(target) / "runs" / "quickstart")
             printed = io.StringIO()
@@ -428,7 +430,7 @@ def test_an_exporter_that_fails_is_one_line(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.export, "export", fails)
     assert main([str(run), "--to", "onnx", "--output", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"torch.export of torch {torch.__version__} cannot export efficientnet_v2_tiny (ValueError: no such operation)" in line  # fmt: skip
+    assert f"torch.export of torch {torch.__version__} cannot export efficientnet_v2_tiny (no such operation); a newer torch may" in line  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 
