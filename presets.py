@@ -86,14 +86,19 @@ def eval_preset(
     return v1.Compose(steps + to_normalised(lib, backend))
 
 
-def test_preset(config: Config, crop_size: int) -> v1.Compose:
-    """Build the evaluation transform of a run, at `crop_size`.
+def resize_for(config: Config, crop_size: int) -> int:
+    """Compute the short side that images are resized to before their centre of `crop_size` is evaluated.
 
-    Images are resized in proportion: as val_resize_size is to val_crop_size.
+    It is in proportion: as val_resize_size is to val_crop_size.
     """
+    return round(crop_size * config.val_resize_size / config.val_crop_size)
+
+
+def test_preset(config: Config, crop_size: int) -> v1.Compose:
+    """Build the evaluation transform of a run, at `crop_size`."""
     return eval_preset(
         crop_size=crop_size,
-        resize_size=round(crop_size * config.val_resize_size / config.val_crop_size),
+        resize_size=resize_for(config, crop_size),
         interpolation=config.interpolation,
         backend=config.backend,
         use_v2=config.use_v2,
@@ -168,8 +173,39 @@ class BatchPreset:
         return out
 
 
+class CentrePreset(BatchPreset):
+    """A preset for batches that crops the centre, as evaluation does, at whole pixels of the image.
+
+    share: of the image's short side
+    """
+
+    def __init__(self, *, image_size: int, share: float, hflip_prob: float):
+        super().__init__(image_size=image_size, hflip_prob=hflip_prob)
+        self.share = share
+
+    def boxes(self, draws: Array, heights: NDArray, widths: NDArray) -> Boxes:
+        """Choose the centres of images of these sizes: (N, 4)."""
+        sides = np.maximum(np.round(np.minimum(heights, widths) * self.share).astype(np.int64), 1)
+        return np.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], axis=1)
+
+
+def finetune_preset(config: Config, image_size: int, on_device: bool) -> v1.Compose | BatchPreset:
+    """Build the preset of fine-tuning: images as evaluation sees them, and flipped as in training.
+
+    Source: arXiv:1906.06423 (FixRes), section 4: the augmentation of tests, which leaves no shift between the two.
+    """
+    if on_device:
+        share = config.val_crop_size / config.val_resize_size
+        return CentrePreset(image_size=image_size, share=share, hflip_prob=config.hflip_prob)
+    lib: Any = v2 if config.use_v2 else v1
+    seen = test_preset(config, image_size).transforms
+    return v1.Compose([to_rgb, *seen, lib.RandomHorizontalFlip(config.hflip_prob)])
+
+
 def stage_preset(config: Config, stage: "Stage", on_device: bool) -> v1.Compose | BatchPreset:
     """Build the training preset of a stage: of one image, or of batches on the device."""
+    if stage.finetune:
+        return finetune_preset(config, stage.image_size, on_device)
     shared: dict[str, Any] = dict(
         image_size=stage.image_size,
         ra_magnitude=stage.ra_magnitude,

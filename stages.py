@@ -6,7 +6,7 @@ on the model that trains; optimizer, schedule, EMA and the count of epochs are n
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from learning.cost import gflops_per_image
-from learning.models import build_on_meta, set_dropout, set_stochastic_depth
+from learning.models import build_on_meta, set_dropout, set_stochastic_depth, tuned_layers
 from settings.table import SCHEDULES, Config
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Stage:
     stochastic_depth_prob: probability of dropping the last block, [0, 1); None = the model's own
     random_erase: probability of erasing a rectangle, [0, 1]
     batch_size: images per step and process
+    finetune: trains the classifier alone, see `finetune_stage`
     """
 
     index: int
@@ -46,6 +47,7 @@ class Stage:
     stochastic_depth_prob: float | None
     random_erase: float
     batch_size: int
+    finetune: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Collect what may change from stage to stage, by name: for logs and tables."""
@@ -127,10 +129,33 @@ def plan_stages(config: Config) -> list[Stage]:
         columns["image_size"] = [int(released_image_size(first, last, i, config.stages)) for i in range(config.stages)]
     multiple = config.image_size_multiple
     columns["image_size"] = [size // multiple * multiple for size in columns["image_size"]]
-    return [
+    stages = [
         Stage(index=i, epochs=epochs, **{name: column[i] for name, column in columns.items()})
         for i, epochs in enumerate(stage_epochs(config))
     ]
+    return [*stages, finetune_stage(config, stages[-1])] if config.finetune_epochs else stages
+
+
+def finetune_stage(config: Config, last: Stage) -> Stage:
+    """Build the stage after the `last` one, which trains the classifier alone, on images as evaluation sees them.
+
+    Nothing is dropped, mixed or augmented in it but by flips (`presets.finetune_preset`).
+
+    Source: arXiv:1906.06423 (FixRes), section 4.
+    """
+    return replace(
+        last,
+        index=last.index + 1,
+        epochs=range(config.epochs, config.total_epochs),
+        image_size=config.finetune_size or config.val_crop_size,
+        ra_magnitude=None,
+        mixup_alpha=0.0,
+        cutmix_alpha=0.0,
+        dropout=0.0,
+        stochastic_depth_prob=0.0,
+        random_erase=0.0,
+        finetune=True,
+    )
 
 
 def values_of(config: Config, name: str) -> list[Any]:
@@ -159,10 +184,15 @@ class Plan:
 
     @property
     def relative_cost(self) -> float:
-        """Arithmetic of the run over that of as many epochs at the last stage's size."""
-        epochs = [len(stage.epochs) for stage in self.stages]
-        spent = sum(count * gflops for count, gflops in zip(epochs, self.gflops_per_image))
-        return spent / (sum(epochs) * self.gflops_per_image[-1])
+        """Arithmetic of the run over that of as many epochs at the last stage's size, fine-tuning left out of both."""
+        trained = [(len(stage.epochs), gflops) for stage, gflops in zip(self.stages, self.gflops_per_image) if not stage.finetune]  # fmt: skip
+        spent = sum(epochs * gflops for epochs, gflops in trained)
+        return spent / (sum(epochs for epochs, _ in trained) * trained[-1][1])
+
+    @property
+    def last(self) -> Stage:
+        """The last stage that trains all of the model."""
+        return [stage for stage in self.stages if not stage.finetune][-1]
 
     def stage_of(self, epoch: int) -> Stage:
         """Find the stage that an epoch belongs to."""
@@ -177,7 +207,7 @@ class Plan:
         rows = [
             {"index": stage.index, "first_epoch": stage.epochs.start, "last_epoch": stage.epochs.stop}
             | stage.settings()
-            | {"gflops_per_image": gflops}
+            | {"gflops_per_image": gflops, "finetune": stage.finetune}
             for stage, gflops in zip(self.stages, self.gflops_per_image)
         ]
         return {"stages": rows, "relative_cost": self.relative_cost}
@@ -189,6 +219,7 @@ class Plan:
             Stage(
                 index=row["index"],
                 epochs=range(row["first_epoch"], row["last_epoch"]),
+                finetune=row.get("finetune", False),
                 **{schedule.field: row.get(schedule.field) for schedule in SCHEDULES.values()},
             )
             for row in content["stages"]
@@ -201,7 +232,7 @@ class Plan:
         for stage, gflops in zip(self.stages, self.gflops_per_image):
             shown = [schedule.show(getattr(stage, name)) for name, schedule in COLUMNS.items()]
             epochs = f"{stage.epochs.start + 1}-{stage.epochs.stop}"
-            rows.append([str(stage.index), epochs, *shown, f"{gflops:.4g}"])
+            rows.append([f"{stage.index}{' finetune' * stage.finetune}", epochs, *shown, f"{gflops:.4g}"])
         return ["stage", "epochs", *(schedule.heading for schedule in COLUMNS.values()), "GFLOPs/image"], rows
 
     def __str__(self) -> str:
@@ -209,10 +240,14 @@ class Plan:
         heads, rows = self.table()
         widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [heads, *rows]]
-        last = self.stages[-1]
+        last = self.last
         lines.append(
             f"cost: {self.relative_cost:.3f} of {last.epochs.stop} epochs at {last.image_size} px throughout, in multiply-adds"
         )
+        if last != self.stages[-1]:
+            lines[-1] += (
+                f"; without {len(self.stages[-1].epochs)} epochs of fine-tuning, which take the forward pass alone"
+            )
         return "\n".join(lines)
 
 
@@ -220,16 +255,24 @@ def make_plan(config: Config) -> Plan:
     """Plan the stages of a run, and compute what they cost.
 
     Raises:
-        ConfigError: the model cannot take an image size, or has nothing that a drop rate could act on.
+        ConfigError: the model cannot take an image size, has nothing that a drop rate could act on, or no classifier
+            that could be trained alone.
     """
     stages = plan_stages(config)
     model = build_on_meta(config.model)
+    if stages[-1].finetune:
+        tuned_layers(model)
     set_drop_rates(model, stages[0])  # all stages set the same ones
     return Plan(stages, gflops_per_image(model, [stage.image_size for stage in stages]))
 
 
 def set_drop_rates(model: nn.Module, stage: Stage) -> None:
-    """Set the drop rates of `model` to those of `stage`; None leaves the model's own."""
+    """Set the drop rates of `model` to those of `stage`; None leaves the model's own.
+
+    In fine-tuning there is nothing to set: what could drop is in evaluation mode.
+    """
+    if stage.finetune:
+        return
     if stage.dropout is not None:
         set_dropout(model, stage.dropout)
     if stage.stochastic_depth_prob is not None:

@@ -38,13 +38,14 @@ from images.evaluation import EvalOnDevice
 from images.loaders import TrainLoader, augment_on, batches_of_all, eval_loader, sample_grid, train_loader
 from images.store_place import with_store
 from images.workers import closing_loader
+from learning.balance import find_class_weights, tell_class_weights
 from learning.faults import one_line
 from learning.learner import Learner, build_learner
 from learning.models import check_model
 from learning.optim import learning_rate_schedule, set_learning_rate
 from learning.rehearse import rehearse
 from learning.resume import check_data, check_store, find_checkpoint
-from learning.scores import Score, TrainingLoss
+from learning.scores import Score, TrainingLoss, keep_outputs
 from learning.state import RunState
 from learning.stop import Stop, interruptible
 from learning.weights import read_weights
@@ -55,8 +56,8 @@ from settings.errors import ConfigError, first_line, tell
 from settings.resolve import doubts
 from settings.table import Config
 from stages import Plan, StageScheduler, make_plan
+from tracking.dashboard import find_dashboard
 from tracking.deadline import exit_now
-from tracking.run import find_dashboard
 from tracking.settings import find_settings
 from utils import Runtime, cpu_seconds, share_buffers, share_weights, start_runtime
 
@@ -87,12 +88,15 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
 
     # Data, model, and what changes with every step
     data = load_data(config, runtime)
-    learner, loaded = build_learner(config, len(data.classes), weights, runtime)
+    class_weights = find_class_weights(config, data)
+    learner, loaded = build_learner(config, len(data.classes), weights, runtime, class_weights)
     state = RunState(epoch=config.start_epoch)
     if checkpoint is not None:
         check_data(checkpoint, data)
         state = learner.restore(checkpoint, to_train=not config.test_only)
     runtime.say(f"{loaded}\n{data}\n{runtime}")
+    if class_weights is not None:
+        runtime.say(tell_class_weights(class_weights, data.classes))
     if config.test_only:
         return test(config, data, learner)
 
@@ -121,12 +125,14 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
         for stage in ahead:
             log.begin_stage(stage)
             loader = scheduler.enter(stage)
-            learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes)
+            if stage.finetune and (state.epoch, state.step) == (stage.epochs.start, 0):
+                learner.unify(state.best_weights)  # what is fine-tuned is the better of the model and its average
+            learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes, stage.finetune)
             for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):
                 progress = Progress(stage, epoch, config, state.step, len(loader), show=runtime.is_main)
                 finished = train_one_epoch(learner, loader, state, learning_rate, progress, stop)
                 scores: dict[str, Score] = {}
-                if finished and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs):
+                if finished and config.evaluates(epoch):
                     scores = evaluate(learner.copies, val_loader, learner.criterion, runtime, stop)
                     finished = bool(scores)  # else asked to stop: evaluated when the run goes on
                 if finished:
@@ -136,8 +142,9 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
                     if improved:
                         known["best"] = scores[state.best_weights]
                         log.save_best(learner, state, known["best"])
+                    keep_outputs(known, of="best")
                     state.next_epoch()
-                stopping = not finished or (stop() and (stop.asked or state.epoch < config.epochs))
+                stopping = not finished or (stop() and (stop.asked or state.epoch < config.total_epochs))
                 log.save_checkpoint(learner, state, data, always=stopping or state.epoch == stage.epochs.stop)
                 stop.resumable = stop.resumable or log.saved
                 if stopping:
@@ -180,7 +187,7 @@ def train_one_epoch(
     set_learning_rate(learner.optimizer, learning_rate(state.epoch + max(state.step - 1, 0) / len(loader)))
     if ema is not None:
         ema.begin_epoch(state.epoch, loader.images_per_step)
-    learner.net.train()
+    learner.train()
     started, cpu_before, asked_to_stop = time.perf_counter(), cpu_seconds(), False
     for step, images, targets in stop.while_they_come(loader.epoch(state.epoch, state.step)):
         runtime.draw_from(state.epoch, step)  # dropout and stochastic depth, so that a resume repeats them
@@ -209,7 +216,7 @@ def evaluate(
     runtime: Runtime,
     stop: Stop | None = None,
 ) -> dict[str, Score]:
-    """Measure accuracy, loss and confusions of each of `copies` (the model, its EMA) on the whole set.
+    """Measure accuracy, loss and confusions of each of `copies` (the model, its EMA) on the whole set; keep their outputs.
 
     They take one pass together, on all processes; each image is counted once.
 
@@ -251,7 +258,7 @@ def evaluate_outcome(
     Returns: scores by size and by copy ("model", "ema", "best").
     """
     runtime = learner.runtime
-    last_is_best = state.best_epoch == config.epochs - 1
+    last_is_best = state.best_epoch == config.total_epochs - 1
     copies = learner.copies
     if not last_is_best and ("best" not in known or sizes != {config.val_crop_size}):
         copies["best"] = share_weights(log.best_weights(), learner.model, runtime)
@@ -264,6 +271,8 @@ def evaluate_outcome(
                 closing[size] |= evaluate(missing, loader, learner.criterion, runtime)
         if last_is_best:
             closing[size]["best"] = closing[size][state.best_weights]
+        keep_outputs(closing[size], of="best" if size == config.val_crop_size else None)
+    closing[config.val_crop_size]["best"].collect()
     return closing
 
 

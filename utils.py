@@ -81,8 +81,8 @@ def drawing_from(*key: int) -> Iterator[None]:
 
 
 # Keys end in what they are for, so that no two uses share a stream:
-# (seed, epoch, index, repeat, SAMPLE), (seed, epoch, step, rank, STEP or MIX), (seed, epoch, ORDER).
-SAMPLE, STEP, MIX, ORDER = range(1, 5)
+# (seed, epoch, index, repeat, SAMPLE), (seed, epoch, step, rank, STEP or MIX), (seed, epoch, ORDER), (seed, index, HALF).
+SAMPLE, STEP, MIX, ORDER, HALF = range(1, 6)
 
 # ---- processes, device, precision ----
 

@@ -16,6 +16,7 @@ from studies.rows import Row, read_rows
 from studies.statistics import mean_of
 
 Values = list[dict[str, Any]]
+Accuracy = Callable[[Row], float | None]  # finds that of a run
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,14 @@ def measure(row: Row) -> float | None:
     return row.get("held_out_top1") if row.get("held_out_top1") is not None else row["top1"]
 
 
-def means(rows: Sequence[Row], x: Callable[[Sequence[Row]], float] | None = None) -> Values:
+def means(rows: Sequence[Row], x: Callable[[Sequence[Row]], float] | None = None, of: Accuracy = measure) -> Values:
     """Estimate the mean accuracy of each condition, with its 95 % interval, as values of a chart.
 
     x: what the condition's rows come to on the other axis
+    of: finds the accuracy of a run
     """
     found = []
-    known = [row | {"measure": measure(row)} for row in rows]
+    known = [row | {"measure": of(row)} for row in rows]
     for name in conditions_of(rows):
         estimate = mean_of(known, name, "measure")
         if estimate is not None:
@@ -191,15 +193,18 @@ def accuracy_over_epochs(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.Laye
     return layered(bands, sizes, dots, lines, ends)
 
 
-def every_seed(rows: Sequence[Row], group: Callable[[Row], str] | None = None) -> alt.LayerChart:
+def every_seed(
+    rows: Sequence[Row], group: Callable[[Row], str] | None = None, of: Accuracy = measure, title: str = MEASURE
+) -> alt.LayerChart:
     """Draw accuracy by condition: every seed a point, mean and 95 % interval.
 
     group: names what the conditions are coloured by
+    of, title: what finds the accuracy of a run, and how it is called
     """
     names = conditions_of(rows)
     groups = {row["condition"]: group(row) if group else "" for row in rows}
-    points = [{"condition": row["condition"], "seed": row["seed"], "top1": measure(row)} for row in rows]
-    x = alt.X("top1:Q", title=MEASURE, scale=alt.Scale(zero=False, padding=8), axis=COARSE)
+    points = [{"condition": row["condition"], "seed": row["seed"], "top1": of(row)} for row in rows]
+    x = alt.X("top1:Q", title=title, scale=alt.Scale(zero=False, padding=8), axis=COARSE)
     lines = max(name.count(", ") + 1 for name in names)  # of a label
     labels = alt.Axis(labelLimit=240, labelExpr="split(datum.label, ', ')", labelOffset=5 - 5 * lines, ticks=False, grid=True)  # fmt: skip
     y = alt.Y("condition:N", sort=names, title=None, axis=labels)
@@ -209,9 +214,9 @@ def every_seed(rows: Sequence[Row], group: Callable[[Row], str] | None = None) -
         return alt.Chart(data([entry | {"group": groups[entry["condition"]]} for entry in values]))
 
     dots = grouped(points).mark_circle(size=45, opacity=0.5).encode(
-        x, y, color=shade, tooltip=["condition:N", "seed:Q", number("top1", MEASURE)]
+        x, y, color=shade, tooltip=["condition:N", "seed:Q", number("top1", title)]
     )  # fmt: skip
-    averages = means(rows)
+    averages = means(rows, of=of)
     bars = grouped([entry for entry in averages if entry["low"] is not None]).mark_rule(strokeWidth=2).encode(
         alt.X("low:Q"), alt.X2("high:Q"), y, color=shade
     )  # fmt: skip
@@ -224,6 +229,11 @@ def every_seed(rows: Sequence[Row], group: Callable[[Row], str] | None = None) -
 def by_data_set(rows: Sequence[Row]) -> alt.LayerChart:
     """Draw `every_seed` with a colour for each data set: what a condition's name begins with, up to a colon or comma."""
     return every_seed(rows, lambda row: data_set(row["condition"]))
+
+
+def by_balanced_accuracy(rows: Sequence[Row]) -> alt.LayerChart:
+    """Draw `every_seed` by the accuracy on validation images in which all classes count alike."""
+    return every_seed(rows, of=lambda row: row["balanced_accuracy"], title="balanced accuracy, validation images, %")
 
 
 def parallel(rows: Sequence[Row]) -> alt.LayerChart:
@@ -350,6 +360,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
         Kind("", "RandAugment magnitude by image size", by_magnitude),
         Kind("conditions", "Every seed, mean and 95 % interval", every_seed),
     ),
+    "class_weights": (Kind("", "Every seed, mean and 95 % interval", by_balanced_accuracy),),
     "transfer": (Kind("", "From scratch or trained weights", by_data_set),),
 }
 NAMES = {("reproduce", "epochs"): "ImageNetTE-EfficientNetV2-S"}  # as the original study called it

@@ -15,12 +15,13 @@ from studies.rows import Row, read_rows
 from studies.statistics import Estimate, difference, mean_of
 
 OUTPUT = "output.txt"  # what a run in results/ printed
-STUDY_NAMES = ("reproduce", "staged_192px", "epochs", "dropout", "image_size", "ra_magnitude", "transfer")
+STUDY_NAMES = ("reproduce", "staged_192px", "epochs", "dropout", "image_size", "ra_magnitude", "transfer", "class_weights")  # fmt: skip
 LABELS = {
     "top1": "top-1 %", "top1_ema": "top-1 % of the average", "best_top1": "best top-1 %",
-    "held_out_top1": "test images: top-1 %", "auc": "AUC", "sensitivity": "sensitivity", "specificity": "specificity",
+    "balanced_accuracy": "balanced accuracy %", "macro_f1": "macro-F1 %", "held_out_top1": "test images: top-1 %",
+    "held_out_balanced_accuracy": "test images: balanced accuracy %", "auc": "AUC", "sensitivity": "sensitivity", "specificity": "specificity",
 }  # fmt: skip
-HELD_OUT = ("held_out_top1", "auc", "sensitivity", "specificity")
+HELD_OUT = ("held_out_top1", "held_out_balanced_accuracy", "auc", "sensitivity", "specificity")
 
 
 class Tables:
@@ -274,7 +275,9 @@ def accepted(row: Mapping[str, Any]) -> str:
     words = {"int": "whole number", "float": "number", "str": "text", "bool": "switch"}
     kind = row["kind"]
     one = words[kind.removesuffix("s")] if kind != "bool" else words[kind]
-    text = ", ".join(f"`{choice}`" for choice in row["choices"]) if row["choices"] else one
+    text = ", ".join(f"`{choice}`" for choice in row["choices"] or ())
+    if kind.endswith("s") or not text:
+        text = f"{text}, or {one}" if text else one
     if row["interval"]:
         text += f" in {bounds(row['interval'])}"
     if kind.endswith("s") and not row["scheduled"]:

@@ -2,11 +2,16 @@
 
     python benchmarks/loader.py --data data/imagenette2/train --image-size 128 --policy ra
     python benchmarks/loader.py --data data/imagenette2/train --build
+    python benchmarks/loader.py --data data/imagenette2/train --last-size 300
 
 reference     ImageFolder, PIL, torchvision's transforms per image, default collate
 worker        this program, every image decoded each time
 store-worker  from the decode-once store, transforms per image
 store-device  from the decode-once store, transforms per batch, on the device
+
+With --last-size the first of two stages is measured, in a store that is large enough for the last:
+first-stage        as store-device, large crops out of the copies at half size
+first-stage-whole  the same, all crops out of whole images
 
 A way's images end as a normalised float32 batch on the device. Without --workers all work is done by one
 process on one thread, and images per second are per CPU core; with them, images per CPU second count the
@@ -39,6 +44,7 @@ from torchvision.transforms import InterpolationMode
 from augment.pixels import IMAGENET_MEAN, IMAGENET_STD
 from images.datasets import load_data
 from images.loaders import TrainLoader, train_loader
+from images.store import StoredImages
 from images.store_place import with_store
 from settings.resolve import resolve
 from stages import plan_stages
@@ -49,6 +55,7 @@ OURS = {  # our ways: whether images come from the store, and where they are aug
     "store-worker": (True, "worker"),
     "store-device": (True, "device"),
 }
+FIRST_STAGE = {"first-stage": (True, "device"), "first-stage-whole": (True, "device")}
 
 
 class ReferenceLoader:
@@ -96,9 +103,11 @@ class ReferenceLoader:
 
 def our_flags(args: argparse.Namespace, tree: str, way: str, store: str) -> list[str]:
     """List the flags of train.py that make it load by one of OURS."""
-    stored, augment_on = OURS[way]
+    stored, augment_on = (OURS | FIRST_STAGE)[way]
     flags = ["--data-path", tree, "--device", args.device, "--workers", str(args.workers or 0)]
     flags += ["--train-crop-size", str(args.image_size), "--batch-size", str(args.batch_size), "--epochs", "1000000"]
+    if args.last_size is not None:
+        flags += ["--stages", "2", "--train-crop-size", str(args.image_size), str(args.last_size)]
     flags += ["--decode-cache", store if stored else "off", "--augment-on", augment_on]
     return flags + (["--auto-augment", "ra"] if args.policy == "ra" else []) + args.flags
 
@@ -135,6 +144,11 @@ def turn(
     }
 
 
+def ways_of(args: argparse.Namespace) -> list[str]:
+    """List the ways that are measured."""
+    return args.ways if args.last_size is None else list(FIRST_STAGE)
+
+
 def compare(args: argparse.Namespace, tree: str) -> list[common.Measures]:
     """Measure the ways of loading in turn and print their table; return a row for each."""
     workers = args.workers or 0
@@ -143,7 +157,7 @@ def compare(args: argparse.Namespace, tree: str) -> list[common.Measures]:
     trees.read_files(tree)
     ways: dict[str, Callable[[], common.Measures]] = {}
     opened: list[TrainLoader] = []
-    for way in args.ways:
+    for way in ways_of(args):
         config = resolve(our_flags(args, tree, "worker" if way == "reference" else way, os.path.join(tree, "store")))
         runtime = start_runtime(config)
         if way == "reference":
@@ -151,6 +165,9 @@ def compare(args: argparse.Namespace, tree: str) -> list[common.Measures]:
             batches = endless(ReferenceLoader(root, args.image_size, args.policy, args.batch_size, workers, runtime))
         else:
             data = with_store(config, load_data(config, runtime), runtime)
+            if way == "first-stage-whole":
+                assert isinstance(data.train, StoredImages)
+                data.train.header["half"] = False  # as if there were none
             opened.append(train_loader(config, data, runtime, plan_stages(config)[0]))
             batches = endless(opened[-1])
         shape = (3, args.image_size, args.image_size)
@@ -161,13 +178,16 @@ def compare(args: argparse.Namespace, tree: str) -> list[common.Measures]:
         for loader in opened:
             loader.close()
     rows = []
-    for way in args.ways:
+    for way in ways_of(args):
         row = {"way": way, **common.medians(rounds[way])}
         if "reference" in rounds:
             key = "images_per_cpu_second" if row["images_per_cpu_second"] else "images_per_second"
             row["times_reference"] = common.ratio(rounds[way], rounds["reference"], key)
+        if args.last_size is not None:
+            key = "images_per_cpu_second" if row["images_per_cpu_second"] else "images_per_second"
+            row["times_whole"] = common.ratio(rounds[way], rounds["first-stage-whole"], key)
         rows.append(row)
-    common.print_table(rows, {"way": "way", "images_per_second": "images/s", "images_per_cpu_second": "images/CPU s", "times_reference": "x reference"})  # fmt: skip
+    common.print_table(rows, {"way": "way", "images_per_second": "images/s", "images_per_cpu_second": "images/CPU s", "times_reference": "x reference", "times_whole": "x whole"})  # fmt: skip
     return rows
 
 
@@ -206,7 +226,7 @@ def compare_building(args: argparse.Namespace, tree: str) -> list[common.Measure
     number = sum(1 for _ in Path(tree, "train").rglob("*.*"))
 
     store = os.path.join(tree, "store")
-    flags = our_flags(args, tree, "store-worker", store)
+    flags = our_flags(args, tree, "store-worker" if args.last_size is None else "first-stage", store)
 
     def timed(function: Callable[..., float], *parts: object, watch: bool = False) -> common.Measures:
         seconds, peak = common.fresh_process(function, *parts, watch=watch)
@@ -233,6 +253,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = common.parser("loader", __doc__ or "")
     common.add_data(parser)
     parser.add_argument("--image-size", type=common.positive, default=128, help="side of the training crop, pixels (default: 128)")  # fmt: skip
+    parser.add_argument("--last-size", type=common.positive, metavar="PX", help="of a run whose first stage is measured (default: there is one stage)")  # fmt: skip
     parser.add_argument("--policy", choices=("ra", "none"), default="ra", help="RandAugment at magnitude 9, or crop and flip alone (default: ra)")  # fmt: skip
     parser.add_argument("--batch-size", type=common.positive, default=128, help="images (default: 128)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load (default: none, and one thread)")

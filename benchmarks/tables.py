@@ -30,8 +30,12 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
         ("images", ".data", "{}"), ("crop, px", ".image_size", "{}"), ("policy", ".policy", "{}"), ("way", "way", "{}"),
         ("images/s per core", "images_per_cpu_second", "{:,.0f}"), ("times the reference", "times_reference", "{:.2f}"),
     )),
+    "half": ("loader", ("first-stage-whole", "first-stage"), (
+        ("images", ".data", "{}"), ("crop, px", ".image_size", "{}"), ("of a run up to, px", ".last_size", "{}"), ("policy", ".policy", "{}"), ("way", "way", "{}"),
+        ("images/s per core", "images_per_cpu_second", "{:,.0f}"), ("times whole images", "times_whole", "{:.2f}"),
+    )),
     "build": ("loader", ("decode-once", "build-store"), (
-        ("images", ".data", "{}"), ("crop, px", ".image_size", "{}"), ("way", "way", "{}"), ("seconds", "seconds", "{:.1f}"),
+        ("images", ".data", "{}"), ("crop, px", ".image_size", "{}"), ("up to, px", ".last_size", "{}"), ("way", "way", "{}"), ("seconds", "seconds", "{:.1f}"),
         ("images/s", "images_per_second", "{:,.0f}"), ("memory, GiB", "peak_rss_gib", "{:.2f}"), ("times decoding once", "times_decode_once", "{:.2f}"),
     )),
     "step": ("step", ("bare", "ours", "ours-ema", "ours-eager", "reference"), (

@@ -1,30 +1,34 @@
-"""Data sets by name: folders of images, Imagenette and Imagewoof, handwritten digits."""
+"""Data sets by name: folders of images, Imagenette and Imagewoof, those of the Hub, handwritten digits."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import Imagenette
 from torchvision.datasets.utils import download_and_extract_archive
 
-from augment.pixels import to_rgb
+from images.encoded import EncodedImages
+from images.hub import check_hub, load_hub
 from images.listing import FileList, keep_listed, read_list, scan, write_list
-from images.verify import find_bad, naming_damage, open_image, unreadable
+from images.verify import find_bad, open_image, unreadable
 from settings.errors import ConfigError, first_line, printable
 from settings.table import Config
 from utils import Runtime
 
 
 class Images(Protocol):
-    """Item i is an RGB PIL image and its class number."""
+    """Item i is an RGB PIL image and its class number; `targets` are the numbers of all of them."""
 
     classes: list[str]
 
+    @property
+    def targets(self) -> Sequence[int] | NDArray[np.int64]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
 
@@ -58,7 +62,7 @@ class Data:
         return printable(f"{told}; {len(skipped)} left out that cannot be read, first {path}: {fault}")
 
 
-class ImageTree:
+class ImageTree(EncodedImages):
     """The images of a folder that holds one folder per class, at any depth below it.
 
     keep_list: take the list of images from the last start, where it still fits; keep it for the next
@@ -84,7 +88,7 @@ class ImageTree:
             raise unreadable(*found.bad[0])
         self.root, self.only = root, only
         self.classes = [WORDNET_NAMES.get(folder, folder) for folder in found.classes]
-        self.samples, self.skipped = found.files, found.bad
+        self.samples, self.targets, self.skipped = found.files, found.files.targets, found.bad
         if skip:
             self.leave_out_bad(found.numbers_of_bad())
 
@@ -101,42 +105,27 @@ class ImageTree:
         self.skipped = self.skipped + [(files[index][0], fault) for index, fault in bad.items()]
         if bad:
             self.samples = files.choose(np.setdiff1d(np.arange(len(files)), list(bad)))
-        lost = (numbers | set(files.targets[list(bad)].tolist())) - set(np.unique(self.samples.targets).tolist())
+            self.targets = self.samples.targets
+        lost = (numbers | set(files.targets[list(bad)].tolist())) - set(np.unique(self.targets).tolist())
         if lost:
             name, first = self.classes[min(lost)], ": ".join(self.skipped[0])
             raise ConfigError(
                 f"{self.root}: no image of class {name} can be read; of those left out the first is {first}"
             )
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def open(self, index: int) -> AbstractContextManager[Image.Image]:
+        return open_image(self.samples[index][0])
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with self.opened(index) as (image, target):
-            return to_rgb(image), target
+    def describe(self, index: int) -> str:
+        return self.samples[index][0]
 
-    @contextmanager
-    def opened(self, index: int) -> Iterator[tuple[Image.Image, int]]:
-        """Open image `index` as it lies in its file, and its class number.
-
-        The image may have any mode, and is not decoded yet.
-
-        Raises:
-            ConfigError: what the caller does with it fails, and the file turns out to be damaged.
-        """
-        path, target = self.samples[index]
-        try:
-            with open_image(path) as image:
-                yield image, target
-        except Exception:
-            with naming_damage(path), open_image(path) as image:
-                to_rgb(image)
-            raise  # the file is sound, the fault is the caller's
+    def fingerprint(self) -> str:
+        return self.samples.fingerprint()
 
 
 def opened(images: Images, index: int) -> AbstractContextManager[tuple[Image.Image, int]]:
-    """Open image `index`, not decoded yet if it comes from a file, with its class number."""
-    return images.opened(index) if isinstance(images, ImageTree) else nullcontext(images[index])
+    """Open image `index`, not decoded yet if it comes from a file or a row, with its class number."""
+    return images.opened(index) if isinstance(images, EncodedImages) else nullcontext(images[index])
 
 
 class Digits:
@@ -239,7 +228,9 @@ def check_folders(config: Config) -> None:
 
     It takes no time, so that whatever does (to download weights) comes later.
     """
-    if config.dataset == "digits" or config.download:
+    if config.dataset == "hub":
+        check_hub(config)
+    if config.dataset in ("hub", "digits") or config.download:
         return
     for root in split_folders(config):
         if not os.path.isdir(root):
@@ -247,10 +238,7 @@ def check_folders(config: Config) -> None:
 
 
 def load_data(config: Config, runtime: Runtime) -> Data:
-    """Load the data set of the run: lists of image files, or the digits themselves.
-
-    Rank 0 lists the files, and all take its list: the disk is asked once, and all have the same images in the same
-    order.
+    """Load the data set of the run: lists of image files, tables of the Hub, or the digits themselves.
 
     Raises:
         ConfigError: not there, empty, too few validation images, or the two splits have different classes.
@@ -259,12 +247,25 @@ def load_data(config: Config, runtime: Runtime) -> Data:
         return Data(train=Digits(train=True), val=Digits(train=False))
     if config.download:
         runtime.on_each_machine(partial(download, config))
+    train, val = load_hub(config, runtime) if config.dataset == "hub" else load_trees(config, runtime)
+    if len(val) < runtime.world_size:
+        raise ConfigError(f"{val.root} has {len(val)} images, too few for {runtime.world_size} processes")
+    return Data(train=train, val=val, skipped={"train": train.skipped, "val": val.skipped})
+
+
+def load_trees(config: Config, runtime: Runtime) -> tuple[ImageTree, ImageTree]:
+    """Load the lists of the training and the validation images of folders.
+
+    Rank 0 lists the files, and all take its list: the disk is asked once, and all have the same images in the same
+    order.
+
+    Raises:
+        ConfigError: as `ImageTree`; or the two have different classes.
+    """
     train_root, val_root = split_folders(config)
     skip = config.on_bad_image == "skip"
     train = runtime.share(partial(ImageTree, train_root, config.cache_dataset, config.train_list, skip))
     val = runtime.share(partial(ImageTree, val_root, config.cache_dataset, config.val_list, skip))
-    if len(val) < runtime.world_size:
-        raise ConfigError(f"{val_root} has {len(val)} images, too few for {runtime.world_size} processes")
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ConfigError(
@@ -276,7 +277,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
             printable(f"warning: {common} of {len(val)} validation images are training images too, {train_root} and ")
             + printable(f"{val_root} are one folder; accuracy will say nothing about new images")
         )
-    return Data(train=train, val=val, skipped={"train": train.skipped, "val": val.skipped})
+    return train, val
 
 
 def count_common(one: FileList, other: FileList) -> int:

@@ -21,9 +21,9 @@ from images.order import DrawSampler
 from images.sources import Source, find_source
 from images.store import StoredImages
 from images.workers import make_loader
-from presets import batch_mix, stage_preset, test_preset
+from presets import batch_mix, resize_for, stage_preset, test_preset
 from settings.errors import ConfigError
-from settings.table import Config
+from settings.table import FOLDERS, Config
 
 if TYPE_CHECKING:
     from stages import Stage
@@ -151,7 +151,7 @@ def augment_on(config: Config, runtime: Runtime) -> str:
         batched = config.auto_augment in (None, "ra") and config.interpolation == "bilinear"
         own_way = config.backend != "pil" or config.use_v2  # asked for by hand
         way = "device" if on_cuda and batched and not own_way else "worker"
-    if config.decode_on == "device" and not (on_cuda and way == "device" and config.dataset != "digits"):
+    if config.decode_on == "device" and not (on_cuda and way == "device" and config.dataset in FOLDERS):
         raise ConfigError("decode_on device needs image files, a CUDA GPU and augment_on device; leave it out")
     if config.decode_on == "device":
         check_decoder(runtime.device)
@@ -164,10 +164,10 @@ def augment_on(config: Config, runtime: Runtime) -> str:
 def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) -> DataLoader | EvalOnDevice:
     """Build the loader of this process's share of the validation images, at `crop_size`.
 
-    Images are resized in proportion: as val_resize_size is to val_crop_size. On a GPU, where training images are augmented
+    On a GPU, where training images are augmented
     on the device, stored ones are resized there too; else workers do it.
     """
-    resize_size = round(crop_size * config.val_resize_size / config.val_crop_size)
+    resize_size = resize_for(config, crop_size)
     batch_size = int(max(config.batch_size))
     on_cuda = runtime.device.type == "cuda"
     if on_cuda and isinstance(data.val, StoredImages) and augment_on(config, runtime) == "device":

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, InterpolationMode
 
 from augment.batch import crop_batch, crop_rows, crop_tensor, to_device
-from augment.draws import Array, uniforms
+from augment.draws import Array, Boxes, uniforms
 from augment.pixels import crop_pil
 from images.datasets import Images, ImageTree, opened
 from images.decode import decode_batch
@@ -77,9 +77,10 @@ class CroppedImages(Dataset):
     def from_store(self, images: StoredImages, indices: list[int], numbers: Array) -> Iterator[tuple[Tensor, int]]:
         """Yield the crop (3, S, S) and the class number of each of `indices`, out of the store."""
         rows = images.index[indices]
-        boxes = self.preset.boxes(numbers, rows["height"], rows["width"]).tolist()
-        for index, row, box in zip(indices, rows.tolist(), boxes):
-            yield crop_tensor(images.view(row), box, self.preset.image_size), images.targets[index]
+        size = self.preset.image_size
+        *places, boxes = images.for_crops(rows, self.preset.boxes(numbers, rows["height"], rows["width"]), size)
+        for index, place, box in zip(indices, zip(*(part.tolist() for part in places)), boxes.tolist()):
+            yield crop_tensor(images.view(place), box, size), images.targets[index]
 
     def from_file(self, index: int, numbers: Array) -> tuple[Tensor, int]:
         """Crop one image out of its file: the crop (3, S, S) and the class number.
@@ -221,7 +222,8 @@ class DecodedOnDevice(WorkerSource):
         starts = np.cumsum(heights * widths) - heights * widths
         flat = torch.cat([image.flatten(1) for image in decoded], dim=1).t().contiguous()  # few kernels for all images
         numbers = uniforms(self.seed, draws)
-        return augment_whole(flat, starts, heights, widths, targets.numpy(), self.preset, numbers, self.runtime)
+        boxes = self.preset.boxes(numbers, heights, widths)
+        return augment_whole(flat, starts, widths, boxes, targets.numpy(), self.preset, numbers, self.runtime)
 
     def tell(self, path: str, reason: str) -> None:
         """Say, once, that PIL decodes what the device refuses."""
@@ -251,9 +253,10 @@ class ResidentOnDevice(Source):
         indices = [index for _, index, _ in loaded]
         rows = store.index[indices]
         targets = np.array([store.targets[index] for index in indices])
-        place = (rows["offset"] // 3, rows["height"], rows["width"])
         numbers = uniforms(self.seed, loaded)
-        return augment_whole(store.resident, *place, targets, self.preset, numbers, self.runtime)
+        boxes = self.preset.boxes(numbers, rows["height"], rows["width"])
+        offsets, _, widths, boxes = store.for_crops(rows, boxes, self.preset.image_size)
+        return augment_whole(store.resident, offsets // 3, widths, boxes, targets, self.preset, numbers, self.runtime)
 
     def samples(self, draws: Sequence[Draw]) -> Tensor:
         return self.finish(draws)[0].cpu()
@@ -265,8 +268,8 @@ class ResidentOnDevice(Source):
 def augment_whole(
     flat: Tensor,
     starts: NDArray,
-    heights: NDArray,
     widths: NDArray,
+    boxes: Boxes,
     targets: NDArray,
     preset: BatchPreset,
     draws: Array,
@@ -276,10 +279,9 @@ def augment_whole(
 
     All that the host has decided goes to the device in one copy.
 
-    flat: (P, 3) uint8; starts, heights, widths, targets: (N,) first pixel, size and class number of each
+    flat: (P, 3) uint8; starts, widths, targets: (N,) first pixel, width and class number of each; boxes: (N, 4)
     draws: (N, NUM_DRAWS)
     """
-    boxes = preset.boxes(draws, heights, widths)
     rows = crop_rows(starts, widths, boxes, preset.flips(draws))
     packed = to_device(np.column_stack([rows, preset.choose(draws), targets]), flat.device)
     crops, choices, classes = packed.split([rows.shape[1], preset.CHOICES, 1], dim=1)

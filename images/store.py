@@ -1,7 +1,8 @@
 """The decode-once store: the images of a folder as uint8, each decoded once and for all, in one memory-mapped file.
 
-Files hold images back to back, at their own sizes: a header of 4 KiB (JSON), the pixels, an index. Workers and
-processes that map the file share one copy of it, in the memory that the system uses to cache files.
+Files hold images back to back, at their own sizes: a header of 4 KiB (JSON), the pixels, an index. Where stages differ
+much in size a copy at half size follows each image, out of which large crops are made small. Workers and processes that
+map the file share one copy of it, in the memory that the system uses to cache files.
 """
 
 import io
@@ -20,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from images.datasets import ImageTree
+from augment.draws import Boxes
+from images.encoded import EncodedImages
 from settings.errors import RunError
 
 try:
@@ -28,8 +30,9 @@ try:
 except ImportError:  # Windows, which does not let a file be removed that is open
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 2
+FORMAT = 3
 HEADER = 4096  # bytes
+ALIGN = 192  # bytes; of each image's start: whole pixels of 3 bytes, and whole cache lines
 INDEX = np.dtype([(name, "<i8") for name in ("offset", "height", "width")] + [("checksum", "<u8")])
 
 
@@ -42,6 +45,17 @@ def checksum(values: NDArray, seed: int = 0) -> int:
     seed: makes another hash of the same bytes: the number of an image, so that it is not taken for another
     """
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(values).data, seed)
+
+
+def aligned(size: Any) -> Any:
+    """Round a number of bytes, or an array of them, up to the next place where an image may start."""
+    return size + -size % ALIGN
+
+
+def bytes_of(height: int, width: int, half: bool) -> int:
+    """Compute what an image takes in a store, with its copy at half size if there is one, without what follows to align."""
+    size = 3 * height * width
+    return aligned(size) + 3 * (height // 2) * (width // 2) if half else size
 
 
 class StoredImages:
@@ -57,11 +71,11 @@ class StoredImages:
         OSError, ValueError: no store of these images, or a damaged one.
     """
 
-    def __init__(self, path: str, source: ImageTree):
+    def __init__(self, path: str, source: EncodedImages):
         self.path = path
         self.source = source
         self.classes = source.classes
-        self.targets = source.samples.targets
+        self.targets = source.targets
         self.place = path  # where it is opened from; another one in a worker
         self.file: io.FileIO | None = io.FileIO(path)
         hold(self.file)
@@ -90,9 +104,25 @@ class StoredImages:
         return self.view(self.index[index].tolist())
 
     def view(self, row: Sequence[int]) -> Tensor:
-        """Return the image of a row of the index, as a view of the file."""
-        offset, height, width, _ = row
+        """Return the image at offset, height and width, the first numbers of a row of the index: a view of the file."""
+        offset, height, width = row[:3]
         return self.flat[offset : offset + 3 * height * width].view(height, width, 3)
+
+    def for_crops(self, rows: NDArray, boxes: Boxes, size: int) -> tuple[NDArray, NDArray, NDArray, Boxes]:
+        """Find the pixels that crops to `size` are made of: offset, height and width of each image, and the boxes in it.
+
+        A crop of at least twice `size` pixels each way comes out of the copy at half size, where the store has them: what
+        `size` pixels can show is all there, and a quarter of the pixels are read. Its box is moved to even pixels.
+
+        rows: of the index; boxes: (N, 4) of `crop_boxes`
+        """
+        offsets, heights, widths = rows["offset"], rows["height"], rows["width"]
+        if not self.header["half"]:
+            return offsets, heights, widths, boxes
+        small = boxes[:, 2:].min(axis=1) >= 2 * size
+        offsets = np.where(small, offsets + aligned(3 * heights * widths), offsets)
+        halved = 1 + small  # divisors
+        return offsets, heights // halved, widths // halved, boxes // halved[:, None]
 
     @property
     def flat(self) -> Tensor:
@@ -142,14 +172,16 @@ class StoredImages:
         Reads the whole file, which training wants in memory anyway. It is not read through the map, because that would
         count as this process's memory.
         """
-        buffer = np.empty(int((3 * self.index["height"] * self.index["width"]).max()), np.uint8)
+        half = self.header["half"]
+        sizes = 3 * self.index["height"] * self.index["width"]
+        buffer = np.empty(int((sizes + half * aligned(sizes)).max()), np.uint8)
         parts = range(0, len(self), 2**16)  # of the index, a list of which would take 300 MB for 1.3 million images
         rows = (row for at in parts for row in self.index[at : at + 2**16].tolist())
         title = "checking the decode cache"
         bar = tqdm(rows, title, len(self), unit="images", delay=2, leave=False, disable=None)
         with io.FileIO(self.path) as file:
             for i, (offset, height, width, expected) in enumerate(bar):
-                pixels = buffer[: 3 * height * width]
+                pixels = buffer[: bytes_of(height, width, half)]
                 file.seek(HEADER + offset)
                 if file.readinto(pixels.data) != pixels.size or checksum(pixels, i) != expected:
                     return True
@@ -187,7 +219,7 @@ def identity(file: io.FileIO) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-FIELDS = {"format": int, "images_key": str, "root": str, "side": int, "images": int, "bytes": int, "index": int, "header": int}  # fmt: skip
+FIELDS = {"format": int, "images_key": str, "root": str, "side": int, "half": bool, "images": int, "bytes": int, "index": int, "header": int}  # fmt: skip
 
 
 def read_header(file: io.FileIO) -> dict[str, Any]:
@@ -231,7 +263,7 @@ def read_index(file: io.FileIO, header: Mapping[str, Any]) -> NDArray:
     return index
 
 
-def open_store(path: str, images: ImageTree, key: str, check: bool = False) -> StoredImages:
+def open_store(path: str, images: EncodedImages, key: str, check: bool = False) -> StoredImages:
     """Open the store in `path`.
 
     key: of `store_key`, that the store must have been made with

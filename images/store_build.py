@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import uuid
@@ -18,12 +17,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from augment.pixels import to_rgb
-from images.datasets import ImageTree
-from images.store import FORMAT, HEADER, INDEX, checksum, header_checksum, hold
+from images.encoded import EncodedImages
+from images.store import ALIGN, FORMAT, HEADER, INDEX, aligned, bytes_of, checksum, header_checksum, hold
 from images.workers import closing_loader, loader_on_all_cores
 from settings.errors import ConfigError
-
-ALIGN = 192  # bytes; of each image's start: whole pixels of 3 bytes, and whole cache lines
 
 
 def stored_size(height: int, width: int, side: int) -> tuple[int, int]:
@@ -32,7 +29,7 @@ def stored_size(height: int, width: int, side: int) -> tuple[int, int]:
     return round(height * scale), round(width * scale)
 
 
-def decode(images: ImageTree, index: int, side: int) -> NDArray[np.uint8]:
+def decode(images: EncodedImages, index: int, side: int) -> NDArray[np.uint8]:
     """Decode image `index` at its stored size: uint8 (H, W, 3).
 
     It is resized by bicubic interpolation with antialiasing. That keeps what is below half of the stored resolution,
@@ -52,33 +49,49 @@ def decode(images: ImageTree, index: int, side: int) -> NDArray[np.uint8]:
     return small[0].permute(1, 2, 0).contiguous().numpy()
 
 
+def with_half(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Append its copy at half size to an image, as a store holds the two: uint8 (bytes,).
+
+    Of an odd height or width the copy leaves out the last pixel. An image a single pixel thin has none.
+    """
+    height, width, _ = pixels.shape
+    block = np.zeros(bytes_of(height, width, half=True), np.uint8)
+    block[: pixels.size] = pixels.ravel()
+    if min(height, width) > 1:
+        even = torch.from_numpy(pixels[: height // 2 * 2, : width // 2 * 2]).permute(2, 0, 1)[None]
+        small = interpolate(even, (height // 2, width // 2), mode="bicubic", antialias=True)
+        block[aligned(pixels.size) :] = small[0].permute(1, 2, 0).reshape(-1).numpy()
+    return block
+
+
 class NoRoom(ConfigError):
     """The disk is full, or too full to begin."""
 
 
-def store_key(images: ImageTree, side: int) -> str:
+def store_key(images: EncodedImages, side: int, half: bool = False) -> str:
     """Build a key that changes with all that a store is made from.
 
-    That is the names, sizes and times of the files, their order and classes, the side and the format.
+    That is the names, sizes and times of the files, or the table, their order and classes, the side, copies at half size,
+    the format.
     """
-    return hashlib.sha256(f"{FORMAT} {side} {images.samples.fingerprint()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{FORMAT} {side} {half} {images.fingerprint()}".encode()).hexdigest()[:16]
 
 
-def store_name(images: ImageTree, side: int, key: str) -> str:
+def store_name(images: EncodedImages, side: int, half: bool, key: str) -> str:
     """Build the name of the file of a store."""
-    return f"{split_name(images)}-{side}-{key}.images"
+    return f"{split_name(images)}-{side}{'+half' if half else ''}-{key}.images"
 
 
-def origin(images: ImageTree) -> str:
+def origin(images: EncodedImages) -> str:
     """Compute the digest of where images are from; a store made from there earlier is outdated by a new one."""
     return digest(images.root if images.only is None else f"{images.root}\0{images.only}")
 
 
-def split_name(images: ImageTree) -> str:
+def split_name(images: EncodedImages) -> str:
     return os.path.basename(os.path.abspath(images.root))
 
 
-def estimate(images: ImageTree, side: int) -> int:
+def estimate(images: EncodedImages, side: int, half: bool = False) -> int:
     """Estimate the bytes of a store from the sizes of some of its images: all below 1,000, else 500 to 750.
 
     Reading every header would take a good part of the time of decoding.
@@ -89,16 +102,17 @@ def estimate(images: ImageTree, side: int) -> int:
     for index in sample:
         with images.opened(index) as (image, _):
             height, width = stored_size(image.height, image.width, side)
-        total += 3 * height * width + ALIGN
+        total += bytes_of(height, width, half) + ALIGN
     return round(total / len(sample) * len(images)) + len(images) * INDEX.itemsize + HEADER
 
 
 class Decoding(Dataset):
     """Item i: image i is decoded and written to `path`, at the next free place; the item is its row of the index."""
 
-    def __init__(self, images: ImageTree, side: int, path: str):
+    def __init__(self, images: EncodedImages, side: int, half: bool, path: str):
         self.images = images
         self.side = side
+        self.half = half
         self.path = path
         self.end: Any = multiprocessing.Value("q", 0)  # bytes of pixels so far, of all processes
 
@@ -107,16 +121,17 @@ class Decoding(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, int, int, int, int]:
         pixels = decode(self.images, index, self.side)
+        block = with_half(pixels) if self.half else pixels
         with self.end.get_lock():
             offset = self.end.value
-            self.end.value += math.ceil(pixels.size / ALIGN) * ALIGN
+            self.end.value += aligned(block.size)
         try:
             with open(self.path, "r+b", buffering=0) as file:
                 file.seek(HEADER + offset)
-                write_all(file, pixels.data.cast("B"))
+                write_all(file, block.data.cast("B"))
         except OSError as error:
             raise full_or_same(error, self.path) from error
-        return index, offset, *pixels.shape[:2], checksum(pixels, index)
+        return index, offset, *pixels.shape[:2], checksum(block, index)
 
 
 def write_all(file: Any, content: memoryview) -> None:
@@ -132,8 +147,8 @@ def full_or_same(error: OSError, path: str) -> Exception:
     return ConfigError(f"decode_cache: cannot write {path}: {error.strerror}; give another folder, or off")
 
 
-def build(path: str, images: ImageTree, side: int, key: str) -> None:
-    """Decode all `images` into a store file, on all cores.
+def build(path: str, images: EncodedImages, side: int, key: str, half: bool = False) -> None:
+    """Decode all `images` into a store file, on all cores; with copies at half size if asked.
 
     The file appears whole or not at all. If the machine fails before the disk has all of it, its checksums show that.
 
@@ -142,7 +157,7 @@ def build(path: str, images: ImageTree, side: int, key: str) -> None:
     """
     temporary = f"{path}.{uuid.uuid4().hex[:8]}"
     index = np.zeros(len(images), INDEX)
-    decoding = Decoding(images, side, temporary)
+    decoding = Decoding(images, side, half, temporary)
     batches = loader_on_all_cores(decoding)
     bar = tqdm(
         total=len(images), desc=f"decoding {split_name(images)}", unit="images", delay=1, leave=False, disable=None
@@ -158,8 +173,8 @@ def build(path: str, images: ImageTree, side: int, key: str) -> None:
             size = decoding.end.value
             file.seek(HEADER + size)
             file.write(index.tobytes())
-            header = dict(format=FORMAT, images_key=key, root=origin(images), side=side, images=len(images), bytes=size)
-            header["index"] = checksum(index)
+            header = dict(format=FORMAT, images_key=key, root=origin(images), side=side, half=half, images=len(images))
+            header |= {"bytes": size, "index": checksum(index)}
             file.seek(0)
             file.write(json.dumps(header | {"header": header_checksum(header)}).ljust(HEADER).encode())
         os.replace(temporary, path)

@@ -15,7 +15,8 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
-from images.datasets import Data, ImageTree
+from images.datasets import Data
+from images.encoded import EncodedImages
 from images.store import HEADER, StoredImages, held, open_store
 from images.store_build import NoRoom, build, estimate, origin, store_key, store_name
 from settings.errors import ConfigError, first_line, printable
@@ -35,13 +36,24 @@ LOCK = ".lock"  # held by whoever builds in the folder
 def store_side(config: Config) -> int:
     """Compute the short side of stored images, pixels.
 
-    It is twice the largest training crop, or what evaluation resizes to, if that is more. Smaller images stay as they
+    It is twice the largest training crop, or what evaluation and fine-tuning resize to, if that is more. Smaller images stay as they
     are. `docs/performance.md` derives what this costs: nothing for images up to this size, detail in the tightest crops
     of larger ones.
     """
     largest = int(max(config.train_crop_size))
-    evaluated = max(largest, config.val_crop_size) * config.val_resize_size / config.val_crop_size
+    evaluated = (
+        max(largest, config.val_crop_size, config.finetune_size or 0) * config.val_resize_size / config.val_crop_size
+    )
     return max(2 * largest, math.ceil(evaluated))
+
+
+def store_halves(config: Config) -> bool:
+    """Decide whether stored training images have a copy at half size: where it serves many crops of the first stage.
+
+    Those are crops of twice its size, more than half of them in images three times as large as it. Only batches
+    (augment_on device) are cropped out of it.
+    """
+    return config.augment_on == "device" and store_side(config) >= 3 * min(config.train_crop_size)
 
 
 @contextmanager
@@ -64,7 +76,7 @@ def locked(folder: str) -> Iterator[None]:
         lock.release()
 
 
-def remove_outdated(path: str, images: ImageTree) -> None:
+def remove_outdated(path: str, images: EncodedImages) -> None:
     """Remove the stores that the one in `path` replaces, unless a run still uses them.
 
     They are of the same images and side, made from files that have changed since, or by an older version of this
@@ -133,7 +145,7 @@ def candidates(config: Config, roots: Sequence[str]) -> list[str]:
     """List the folders that a store may lie in, the preferred one first.
 
     With decode_cache auto that is beside the data, so that it serves everyone who sees them, and, where that cannot be
-    written, torch's folder for downloads.
+    written or the data are of the Hub, torch's folder for downloads.
 
     Raises:
         ConfigError: a folder was given that lies among the images, where it would be taken for a class.
@@ -151,10 +163,10 @@ def candidates(config: Config, roots: Sequence[str]) -> list[str]:
         return [config.decode_cache]
     beside = os.path.join(config.data_path, ".decode_cache")
     shared = os.path.join(torch.hub.get_dir(), "decode_cache")
-    return [shared] if among_images(beside) else [beside, shared]
+    return [shared] if config.dataset == "hub" or among_images(beside) else [beside, shared]
 
 
-def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str], side: int) -> list[str] | str:
+def make_room(config: Config, sets: Sequence[EncodedImages], folders: Sequence[str], side: int) -> list[str] | str:
     """Build the stores that are missing, so that every set has a whole one in one of `folders`.
 
     Returns: their paths, or, with decode_cache auto, why not every set has one.
@@ -162,8 +174,9 @@ def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str],
     Raises:
         ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
     """
-    keys = [store_key(images, side) for images in sets]
-    names = [store_name(images, side, key) for images, key in zip(sets, keys)]
+    halves = [store_halves(config), False]  # evaluation has one size
+    keys = [store_key(images, side, half) for images, half in zip(sets, halves)]
+    names = [store_name(images, side, half, key) for images, half, key in zip(sets, halves, keys)]
     for folder in folders:
         remove_leftovers(folder)
     there = [
@@ -171,7 +184,7 @@ def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str],
         for name, images, key in zip(names, sets, keys)
     ]
     missing = [i for i, path in enumerate(there) if path is None]
-    bytes_needed = sum(estimate(sets[i], side) for i in missing)
+    bytes_needed = sum(estimate(sets[i], side, halves[i]) for i in missing)
     if config.decode_cache == "auto":
         in_memory = bytes_needed + sum(os.path.getsize(path) for path in there if path is not None)
         room = MEMORY_SHARE * available_memory()
@@ -200,7 +213,7 @@ def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str],
             for i in missing:
                 path = there[i] = os.path.join(place, names[i])
                 if not whole(path, sets[i], keys[i], tell=False):  # unless another run was faster
-                    build(path, sets[i], side, keys[i])
+                    build(path, sets[i], side, keys[i], halves[i])
                     remove_outdated(path, sets[i])
     except NoRoom as error:
         discard_empty(place)
@@ -210,7 +223,7 @@ def make_room(config: Config, sets: Sequence[ImageTree], folders: Sequence[str],
     return [path for path in there if path is not None]
 
 
-def whole(path: str, images: ImageTree, key: str, tell: bool = True) -> bool:
+def whole(path: str, images: EncodedImages, key: str, tell: bool = True) -> bool:
     """Check whether a whole store of these images lies in `path`; say why if a file lies there that is none."""
     try:
         open_store(path, images, key, check=True)
@@ -247,7 +260,9 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
     Raises:
         ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
     """
-    if config.decode_cache == "off" or not (isinstance(data.train, ImageTree) and isinstance(data.val, ImageTree)):
+    if config.decode_cache == "off" or not (
+        isinstance(data.train, EncodedImages) and isinstance(data.val, EncodedImages)
+    ):
         return data
     sets = [data.train, data.val]
     side = store_side(config)

@@ -3,8 +3,9 @@
 import json
 import os
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -94,10 +95,21 @@ class Finding:
     digest: int = 0
 
 
-class Inspecting(Dataset):
-    """Item i: what file i holds, decoded whole."""
+class Rows(Protocol):
+    """Images that lie in something else than files."""
 
-    def __init__(self, files: FileList, digests: bool):
+    def __len__(self) -> int: ...
+    def open(self, index: int) -> AbstractContextManager[Image.Image]: ...
+    def fingerprint(self) -> str: ...
+
+
+class Inspecting(Dataset):
+    """Item i: what file or row i holds, decoded whole.
+
+    digests: also hash the bytes of files
+    """
+
+    def __init__(self, files: FileList | Rows, digests: bool):
         self.files = files
         self.digests = digests
 
@@ -105,18 +117,22 @@ class Inspecting(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Finding:
-        path, _ = self.files[index]
+        digest = 0
         try:
-            with open_image(path) as image:
+            with self.open(index) as image:
                 width, height = image.size
                 to_rgb(image)
-            digest = xxhash.xxh3_64_intdigest(np.fromfile(path, np.uint8).data) if self.digests else 0
+            if self.digests and isinstance(self.files, FileList):
+                digest = xxhash.xxh3_64_intdigest(np.fromfile(self.files[index][0], np.uint8).data)
         except Exception as error:  # what PIL raises on a damaged file varies with the damage
             return Finding(index, reason_of(error))
         return Finding(index, None, width, height, digest)
 
+    def open(self, index: int) -> AbstractContextManager[Image.Image]:
+        return open_image(self.files[index][0]) if isinstance(self.files, FileList) else self.files.open(index)
 
-def inspect(files: FileList, title: str, digests: bool = False) -> Generator[Finding, None, None]:
+
+def inspect(files: FileList | Rows, title: str, digests: bool = False) -> Generator[Finding, None, None]:
     """Look at every file, on all cores, behind a progress bar; yield what each holds, in order.
 
     digests: also hash the bytes
@@ -129,8 +145,8 @@ def inspect(files: FileList, title: str, digests: bool = False) -> Generator[Fin
             bar.update(len(findings))
 
 
-def find_bad(files: FileList, title: str) -> list[tuple[int, str]]:
-    """Find the files that cannot be read: their numbers, and why.
+def find_bad(files: FileList | Rows, title: str) -> list[tuple[int, str]]:
+    """Find the files or rows that cannot be read: their numbers, and why.
 
     What was found is kept, so that the next start looks only at files that have changed: not at one, or at all.
     """

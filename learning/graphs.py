@@ -82,7 +82,8 @@ class StepGraphs:
     def capture(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Capture a graph for each of `batches`, the largest first; forget those of the stage before.
 
-        Weights and optimizer are not touched, batch norm's statistics are put back.
+        Weights and optimizer are not touched, batch norm's statistics are put back. The model is in the mode that it
+        trains in.
         """
         self.graphs.clear()
         forget_gradients(self.parameters)
@@ -91,7 +92,6 @@ class StepGraphs:
             return
         buffers = list(self.model.buffers())
         before = [buffer.clone() for buffer in buffers]
-        self.model.train()
         try:
             # All before the first capture, whose memory stays taken: so they need no more than a step does.
             expected = [self.warm_up(images, targets) for images, targets in batches]
@@ -157,20 +157,21 @@ class Together:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Give the model its weights in half precision, and no counters; afterwards bring gradients and counters up."""
-        counters: list[Any] = [norm.num_batches_tracked for norm in self.norms]
+        norms = [norm for norm in self.norms if norm.training]
+        counters: list[Any] = [norm.num_batches_tracked for norm in norms]
         if self.half:
             with torch.no_grad():
                 torch._foreach_copy_(self.half, self.whole)
         for module, name, weight in self.places:
             module._parameters[name] = self.half_of.get(id(weight), weight)  # type: ignore[assignment]
-        for norm in self.norms:
+        for norm in norms:
             norm._buffers["num_batches_tracked"] = None
         try:
             yield
         finally:
             for module, name, weight in self.places:
                 module._parameters[name] = weight
-            for norm, counter in zip(self.norms, counters):
+            for norm, counter in zip(norms, counters):
                 norm._buffers["num_batches_tracked"] = counter
         reached = [(weight, half) for weight, half in zip(self.whole, self.half) if half.grad is not None]
         if reached:

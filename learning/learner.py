@@ -1,6 +1,7 @@
 """The learner: the model, its EMA and optimizer, and the one step that they take together."""
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ from torch.nn.functional import one_hot
 from torch.nn.parallel import DistributedDataParallel
 
 from images.datasets import Data
+from learning.balance import WeightedLoss
 from learning.checkpoint import Checkpoint, Stateful, to_cpu, undone
 from learning.ema import EMA
 from learning.graphs import StepGraphs, forget_gradients
-from learning.models import build_model
+from learning.models import build_model, tuned_layers
 from learning.optim import build_optimizer
 from learning.state import RunState
 from settings.errors import ConfigError, first_line
@@ -31,8 +33,12 @@ SYNC_BUFFERS = next(
 class Learner:
     """The model and what changes with it at every step.
 
+    criterion: the loss that evaluations report
+    training_loss: the one that is trained on, by default the same
     model: plain, on the device; `eager` is the same weights wrapped for several processes, `net` that one compiled if
         asked for, as the steps call it
+    parameters: that are trained now
+    tuned: the classifier and the last batch norm where they alone are trained, else None
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Learner:
         criterion: nn.Module,
         runtime: Runtime,
         *,
+        training_loss: nn.Module | None = None,
         ema: EMA | None = None,
         clip_grad_norm: float | None = None,
         compiled: bool = False,
@@ -50,10 +57,18 @@ class Learner:
         self.model = model
         self.optimizer = optimizer
         self.criterion = criterion
+        self.training_loss = training_loss or criterion
         self.runtime = runtime
         self.ema = ema
         self.clip_grad_norm = clip_grad_norm
-        self.compiled = compiled
+        self.compiled, self.graphed = compiled, graphed
+        self.full_batch = 0  # images in most batches of the stage
+        self.tuned: tuple[nn.Module, nn.Module | None] | None = None
+        self.wrap()
+
+    def wrap(self) -> None:
+        """Wrap the model for the parameters that are trained now: DDP and graphs do not follow when these change."""
+        model, runtime = self.model, self.runtime
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.eager: nn.Module = model
         if runtime.world_size > 1:
@@ -63,9 +78,34 @@ class Learner:
                 **{SYNC_BUFFERS: False},  # type: ignore[arg-type]  # `share_buffers` does so once, before an evaluation
             )
         # Not dynamic: a last batch of another size would replace the variant for full ones by a slower one for any size.
-        self.net: nn.Module = torch.compile(self.eager, dynamic=False) if compiled else self.eager  # type: ignore[assignment]
-        self.full_batch = 0  # images in most batches of the stage
-        self.graphs = StepGraphs(self.gradients, model, self.parameters, runtime) if graphed else None
+        self.net: nn.Module = torch.compile(self.eager, dynamic=False) if self.compiled else self.eager  # type: ignore[assignment]
+        self.graphs = StepGraphs(self.gradients, model, self.parameters, runtime) if self.graphed else None
+
+    def finetune(self, on: bool) -> None:
+        """Train the classifier alone from now on, or all of the model again; weights and optimizer stay as they are.
+
+        What is not trained has no gradient, so that neither the optimizer nor its weight decay changes it.
+        """
+        if on == (self.tuned is not None):
+            return
+        forget_gradients(self.parameters)
+        self.tuned = tuned_layers(self.model) if on else None
+        self.model.requires_grad_(not on)
+        if self.tuned is not None:
+            self.tuned[0].requires_grad_(True)
+        self.wrap()
+
+    def unify(self, name: str) -> None:
+        """Give the model and its average the same weights: those of the copy called `name`, if there is one."""
+        weights = self.copies.get(name, self.model).state_dict()
+        for copy in self.copies.values():
+            copy.load_state_dict(weights)
+
+    def train(self) -> None:
+        """Put the model into training mode; in fine-tuning the last batch norm alone, so that nothing else adapts or drops."""
+        self.net.train(self.tuned is None)
+        if self.tuned is not None and self.tuned[1] is not None:
+            self.tuned[1].train()
 
     @property
     def copies(self) -> dict[str, nn.Module]:
@@ -84,7 +124,7 @@ class Learner:
         forget_gradients(self.parameters)
         net = net or (self.net if len(images) == self.full_batch else self.eager)
         with self.runtime.autocast():
-            loss = self.criterion(net(images), targets)
+            loss = self.training_loss(net(images), targets)
         self.runtime.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -105,7 +145,7 @@ class Learner:
         It takes the memory of a real step and finds the same faults.
         """
         images, targets = self.noise(image_size, batch_size)
-        (net or self.net).train()
+        self.train()
         # At full scale float16 may overflow at once, and the optimizer, skipped, would not take its memory.
         self.runtime.scaler.scale(torch.zeros((), device=images.device))
         self.runtime.scaler.update(1.0)
@@ -116,19 +156,24 @@ class Learner:
         """Return a context after which weights, optimizer and scaler are as before it."""
         return undone(self.model, self.optimizer, self.runtime.scaler)
 
-    def enter_stage(self, image_size: int, batch_sizes: set[int], soft_classes: int | None = None) -> None:
-        """Compile for a stage, capture its CUDA graphs: before the clock runs.
+    def enter_stage(
+        self, image_size: int, batch_sizes: set[int], soft_classes: int | None = None, finetune: bool = False
+    ) -> None:
+        """Set what a stage trains, compile for it, capture its CUDA graphs: before the clock runs.
 
         torch specialises on image size and drop rates, and stops compiling after a few variants of one function; so the
         variants of the stage before are forgotten. Without compilation and graphs there is nothing to do.
 
         batch_sizes: that of most steps, and that of the last if it is smaller
         soft_classes: number of classes, if the stage mixes images and targets are soft
+        finetune: whether the stage trains the classifier alone
         """
+        self.finetune(finetune)
         self.full_batch = max(batch_sizes)
         if self.compiled:
             torch.compiler.reset()
         if self.graphs is not None:
+            self.train()
             sizes = sorted(batch_sizes, reverse=True)
             self.graphs.capture([self.noise(image_size, batch_size, soft_classes) for batch_size in sizes])
         elif self.compiled:
@@ -197,17 +242,28 @@ def build_model_of(
 
 
 def build_learner(
-    config: Config, num_classes: int, weights: dict[str, Tensor] | None, runtime: Runtime
+    config: Config,
+    num_classes: int,
+    weights: dict[str, Tensor] | None,
+    runtime: Runtime,
+    class_weights: Sequence[float] | None = None,
 ) -> tuple[Learner, str]:
-    """Build what `config` trains, on the device, and a line that says what of `weights` it holds."""
+    """Build what `config` trains, on the device, and a line that says what of `weights` it holds.
+
+    class_weights: of the training loss. That of validation knows none, so that it compares with that of other runs.
+    """
     model, loaded = build_model_of(config, num_classes, weights, runtime)
     if config.sync_bn and runtime.world_size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    training_loss = None
+    if class_weights is not None:
+        training_loss = WeightedLoss(class_weights, config.label_smoothing).to(runtime.device)
     learner = Learner(
         model,
         build_optimizer(config, model),
         nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
         runtime,
+        training_loss=training_loss,
         ema=EMA(model, config) if config.model_ema else None,
         clip_grad_norm=config.clip_grad_norm,
         compiled=config.compile,

@@ -215,7 +215,26 @@ def shrink_head(model: EfficientNet, num_classes: int) -> None:
     nn.init.uniform_(head.weight, -bound, bound)
 
 
-# ---- drop rates ----
+# ---- drop rates, fine-tuning ----
+
+
+def tuned_layers(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """Find what fine-tuning to the test size adapts: the classifier, and the last batch norm, None if there is none.
+
+    Raises:
+        ConfigError: the model ends in no linear layer.
+
+    Source: arXiv:1906.06423 (FixRes), section 4: the last layers, and the batch norm that precedes the global pooling.
+        In a network of parallel branches (Inception) that is the batch norm of the last branch.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    heads = [module for module in model.modules() if isinstance(module, Classifier)]
+    if not heads:
+        raise ConfigError(
+            f"finetune_epochs has no effect: {type(model).__name__} ends in no linear layer that could be trained alone; "
+            "leave it out"
+        )
+    return heads[-1], norms[-1] if norms else None
 
 
 def set_dropout(model: nn.Module, p: float) -> None:

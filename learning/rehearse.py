@@ -32,6 +32,7 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int) -> in
         for stage in stages:
             sizes = DrawSampler(num_images, stage.batch_size, 0, world_size=learner.runtime.world_size).batch_sizes
             where = f"stage {stage.index} ({stage.image_size} px, batch_size {max(sizes)})"
+            learner.finetune(stage.finetune)
             try:
                 learner.step_on_noise(stage.image_size, max(sizes), learner.eager)
             except (RuntimeError, AssertionError, ValueError) as error:
@@ -44,6 +45,7 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int) -> in
                 raise ConfigError(f"the model cannot train in {where}: {reason}") from error
             reserved = max(reserved, learner.runtime.reserved_memory())
             learner.runtime.release_memory()
+    learner.finetune(False)
     learner.runtime.release_memory()
     return max(0, reserved - learner.runtime.reserved_memory())
 

@@ -138,9 +138,9 @@ def check_same(config: Config, runtime: Runtime, checkpoint: Checkpoint) -> None
     else:
         if differing:
             runtime.say(f"resuming from {config.resume} with other settings: {listed}")
-        if state.epoch >= config.epochs:
+        if state.epoch >= config.total_epochs:
             raise ConfigError(
-                f"resume: {config.resume} has trained {state.epoch} epochs already; epochs {config.epochs} must be more"
+                f"resume: {config.resume} has trained {state.epoch} epochs already; epochs {config.total_epochs} must be more"
             )
         if state.step:
             raise ConfigError(

@@ -1,6 +1,10 @@
-"""Losses and correct answers, counted on the device and read when someone asks."""
+"""Losses and correct answers, counted on the device and read when someone asks; outputs, kept for the report."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from learning.state import RunState
@@ -85,17 +89,38 @@ class TrainingLoss:
         state.loss_sum, state.num_images = float(sums[0]), int(sums[1])
 
 
+# Numbers that outputs are kept up to, over all processes: 134,000 images of 1,000 classes, at most 512 MiB
+KEPT = 2**27
+
+
+@dataclass
+class Outputs:
+    """What a model has put out for images.
+
+    logits: (N, K); targets, predicted: (N,) class numbers
+    """
+
+    logits: Tensor
+    targets: Tensor
+    predicted: Tensor
+
+
 class Score:
     """What an evaluation counted; `gather` adds it up over processes, then the figures can be read.
 
     top1, top5: percent of `num_images`; loss: mean per image
     confusion: (K, K) images, rows true, columns predicted
+    outputs: on the CPU, of this process's images, once they were collected of all; None where there are more than `KEPT`,
+        where `keep_outputs` has let go of them, and once collected, on all ranks but 0
     """
 
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
         self.sums = torch.zeros(2, device=runtime.device)  # loss, images with the class among the first five
         self.counts: Tensor | None = None  # (K, K)
+        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []  # on the device, which is not waited for
+        self.num_kept = 0
+        self.outputs: Outputs | None = None
 
     def add(self, output: Tensor, targets: Tensor, loss: Tensor) -> None:
         """Count the answers of one batch.
@@ -108,6 +133,10 @@ class Score:
         first = output.topk(min(5, num_classes)).indices  # (N, 5)
         self.counts.index_put_((targets, first[:, 0]), torch.ones_like(targets), accumulate=True)
         self.sums += torch.stack([loss.float() * len(targets), (first == targets[:, None]).sum()])
+        self.num_kept += output.numel() * self.runtime.world_size
+        self.batches.append((output, targets, first[:, 0]))
+        if self.num_kept > KEPT:
+            self.batches.clear()
 
     def gather(self) -> "Score":
         """Add up the counts of all processes and compute the figures; return self."""
@@ -118,7 +147,45 @@ class Score:
         self.loss = loss_sum / self.num_images
         self.top1 = 100 * int(self.confusion.trace()) / self.num_images
         self.top5 = 100 * top5 / self.num_images
+        if self.num_kept <= KEPT:
+            self.outputs = Outputs(*(torch.cat([part.cpu() for part in parts]) for parts in zip(*self.batches)))
+        self.batches.clear()
+        return self
+
+    def collect(self) -> "Score":
+        """Bring the outputs of all processes to rank 0, in the order of the images; all must call this together."""
+        own = self.outputs
+        if self.runtime.any(own is None) or own is None:  # the largest share alone was too many, say
+            self.outputs = None
+        elif self.runtime.world_size > 1:
+            parts = (own.logits.float(), own.targets, own.predicted)
+            whole = [to_main(part, self.num_images, self.runtime) for part in parts]
+            self.outputs = Outputs(*whole) if self.runtime.is_main else None
         return self
 
     def __str__(self) -> str:
         return f"top1 {self.top1:.3f}, top5 {self.top5:.3f}, loss {self.loss:.4f} on {self.num_images} images"
+
+
+def to_main(share: Tensor, num_rows: int, runtime: Runtime) -> Tensor:
+    """Bring rows to rank 0, of which each process has every world_size-th: there they are all (num_rows, ...), in order.
+
+    Elsewhere `share` is returned as it is.
+    """
+    if not runtime.is_main:
+        dist.send(share.contiguous(), dst=0, group=runtime.control)
+        return share
+    whole = torch.empty(num_rows, *share.shape[1:], dtype=share.dtype)
+    whole[:: runtime.world_size] = share
+    for rank in range(1, runtime.world_size):
+        rows = torch.empty_like(whole[rank :: runtime.world_size])
+        dist.recv(rows, src=rank, group=runtime.control)
+        whole[rank :: runtime.world_size] = rows
+    return whole
+
+
+def keep_outputs(scores: Mapping[str, Score], of: str | None) -> None:
+    """Let go of the outputs of all scores but the one by the name `of`: 200 MB each on ImageNet's validation images."""
+    for score in scores.values():
+        if of is None or score is not scores.get(of):
+            score.outputs = None

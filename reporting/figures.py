@@ -75,6 +75,11 @@ def draw_speed(rows: Sequence[tuple[Stage, float]]) -> str:
 
 def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> str:
     """Draw counts (K, K), rows true, shaded by their share of the row."""
+    return as_svg(confusion_figure(matrix, classes))
+
+
+def confusion_figure(matrix: NDArray[np.int64], classes: Sequence[str]) -> plt.Figure:
+    """Build the figure that `draw_confusion` draws."""
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 2.2 + 0.42 * len(classes)
     figure, axis = plt.subplots(figsize=(side, side))
@@ -86,4 +91,51 @@ def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> str:
     for row, column in zip(*np.nonzero(matrix)):
         colour = "white" if share[row, column] > 0.5 else "black"
         axis.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=colour)
+    return figure
+
+
+def draw_reliability(title: str, curve: Mapping[str, Sequence[float]]) -> str:
+    """Draw how often images were right by how probable their class was said to be; below, how many images there are.
+
+    curve: counts, confidence and accuracy of bins of equal width; a dot is as large as its bin is full
+    """
+    figure, (upper, lower) = plt.subplots(2, figsize=(4.0, 4.2), sharex=True, height_ratios=(3, 1))
+    counts, confidence, accuracy = (np.array(curve[name]) for name in ("counts", "confidence", "accuracy"))
+    edges, width = np.arange(len(counts)) / len(counts), 1 / len(counts)
+    upper.bar(edges, accuracy, width, align="edge", color=STAGE_COLOURS[1], edgecolor="white", lw=0.8)
+    upper.plot([0, 1], [0, 1], color=COLOURS["train"], lw=1, ls="--")
+    some, sizes = counts > 0, 8 + 120 * counts / max(counts.max(), 1)
+    upper.scatter(confidence[some], accuracy[some], sizes[some], color=COLOURS["ema"], clip_on=False, zorder=3, lw=0)
+    upper.set(title=title, ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    lower.bar(edges, counts, width, align="edge", color=COLOURS["model"], edgecolor="white", lw=0.8)
+    lower.set(xlabel="probability of the class named", ylabel="images")
     return as_svg(figure)
+
+
+def draw_roc(curve: Mapping[str, Sequence[float]], area: float, chosen: tuple[float, float], positive: str) -> str:
+    """Draw the ROC curve of two classes.
+
+    chosen: false and true positive rate where the more probable class is named
+    positive: the class that is looked for
+    """
+    figure, axis = plt.subplots(figsize=(4.0, 3.8))
+    axis.plot([0, 1], [0, 1], color=COLOURS["train"], lw=1, ls="--")
+    false, true = curve["false_positive_rate"], curve["true_positive_rate"]
+    axis.plot(false, true, color=COLOURS["model"], lw=1.6, label=f"area {area:.4f}")
+    axis.plot(*chosen, color=COLOURS["ema"], marker="o", ls="none", label="the more probable class")
+    axis.set(xlabel=f"others called {positive}", ylabel=f"{positive} called so", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return as_svg(figure)
+
+
+def lines_figure(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> plt.Figure:
+    """Build a figure of lines over [0, 1].
+
+    lines: x and y of the points, name ("" for none)
+    """
+    figure, axis = plt.subplots(figsize=(4.0, 3.8))
+    for line, colour in zip(lines, (*LINES, *LINES)):
+        axis.plot(line["x"], line["y"], color=colour, lw=1.6, label=line["name"] or "_")
+    axis.set(xlabel=x, ylabel=y, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure

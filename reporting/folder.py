@@ -37,6 +37,8 @@ METRICS, SUMMARY, REPORT, CHECKPOINT, BEST = (
     "metrics.jsonl", "summary.json", "report.html", "checkpoint.pth", "model_best.pth",
 )  # fmt: skip
 PLAN, CLEARML, TASK = "report/plan.json", "clearml", "clearml/task.json"
+ASSESSMENT = "report/best.json"  # what is drawn of the best weights
+TENSORBOARD = "tensorboard"
 LOCK = ".run.lock"  # held by the run that uses the folder; a decode cache in it has a lock of its own
 ERROR = "error.txt"  # tracebacks
 HELD_OUT = "held_out.json"  # what the best weights come to on images that chose nothing
@@ -72,7 +74,7 @@ class RunFolder:
             name
             for name in (
                 RUN_SETTINGS, METRICS, SUMMARY, CHECKPOINT, "checkpoint_previous.pth", BEST, REPORT,
-                confusion_file("best"), confusion_file("last"), HELD_OUT, TASK,
+                confusion_file("best"), confusion_file("last"), ASSESSMENT, HELD_OUT, TASK,
             )
             if self.has(name)
         ]  # fmt: skip
@@ -80,9 +82,15 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of an older run, no others."""
         unfinished = [name + UNFINISHED for name in (CHECKPOINT, BEST)]
-        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR])]:
+        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR]), *self.events()]:
             with naming_fault(self.at(name)):
                 os.remove(self.at(name))
+
+    def events(self) -> list[str]:
+        """List the files of TensorBoard's events, in the order of their making."""
+        folder = self.at(TENSORBOARD)
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        return [f"{TENSORBOARD}/{name}" for name in names if ".tfevents." in name]
 
     @contextmanager
     def used_alone(self, runtime: Runtime) -> Iterator[None]:
@@ -181,9 +189,21 @@ class RunFolder:
 
     def write_picture(self, stage: int, grid: Tensor) -> None:
         """Write the picture of a stage's augmented images, uint8 (3, H, W)."""
-        with naming_fault(self.picture(stage)):
-            os.makedirs(os.path.dirname(self.picture(stage)), exist_ok=True)
-            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.picture(stage))
+        self.save_picture(self.picture(stage), Image.fromarray(grid.permute(1, 2, 0).numpy()))
+
+    def mistake(self, place: int) -> str:
+        """Build the path of the picture of the mistake in this place of their list."""
+        return self.at(f"report/mistake_{place}.jpg")
+
+    def write_mistake(self, place: int, picture: Image.Image) -> None:
+        """Write the picture of a mistake."""
+        self.save_picture(self.mistake(place), picture)
+
+    def save_picture(self, path: str, picture: Image.Image) -> None:
+        """Write a picture; make its folder if need be."""
+        with naming_fault(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            picture.save(path, quality=85)
 
     # ---- figures ----
 
@@ -227,6 +247,13 @@ class RunFolder:
     def write_confusion(self, weights: str, epoch: int, counts: Tensor) -> None:
         self.write(confusion_file(weights), json.dumps({"epoch": epoch, "confusion": counts.tolist()}))
 
+    def assessment(self) -> dict[str, Any]:
+        """Read what is drawn of the best weights; nothing of a run that has not finished, or is older than that."""
+        return self.read_json(ASSESSMENT) or {}
+
+    def write_assessment(self, shown: Mapping[str, Any]) -> None:
+        self.write(ASSESSMENT, json.dumps(shown))
+
     # ---- weights ----
 
     def best_weights(self) -> dict[str, Tensor]:
@@ -266,7 +293,7 @@ class RunFolder:
         if runtime.is_main and checkpoint.state.best_epoch >= 0 and not self.has_best(checkpoint.best):
             state, last = checkpoint.state, checkpoint.state.epoch - 1
             what = f"{self.at(BEST)} is missing, damaged or of another epoch"
-            if state.step == 0 and last in (state.best_epoch, config.epochs - 1):
+            if state.step == 0 and last in (state.best_epoch, config.total_epochs - 1):
                 if state.best_epoch != last:  # nothing is left to train, so that the last weights have to do
                     state.best_epoch, state.best_weights = last, "model"
                 average = checkpoint.model_ema if state.best_weights == "ema" else None

@@ -13,6 +13,8 @@ from learning.checkpoint import UNFINISHED, Checkpoint, previous_checkpoint, put
 from learning.learner import Learner
 from learning.scores import Score
 from learning.state import RunState
+from learning.throughput import inference_speed
+from reporting.assessment import assess, thumbnail
 from reporting.folder import METRICS, REPORT, RunFolder
 from reporting.page import report_page
 from reporting.records import epoch_record, is_whole, summarise
@@ -25,7 +27,7 @@ REPORT_EVERY = 60.0  # seconds; drawing the page takes one or two
 
 
 class Dashboard:
-    """Where a run is shown besides its folder. This one shows nothing; `tracking` has the one for ClearML.
+    """Where a run is shown besides its folder. This one shows nothing; `tracking` has those of ClearML and TensorBoard.
 
     ask_to_stop: called with a reason when someone wants the run to end early, saved
     """
@@ -95,7 +97,8 @@ class RunLog:
         """Write the outcome of the run.
 
         sizes: what the closing evaluations were made at, by name, pixels
-        closing: their scores, by size and by copy of the weights ("model", "ema", "best")
+        closing: their scores, by size and by copy of the weights ("model", "ema", "best"); at test size the best has the
+            outputs of all images
         """
 
     def __enter__(self) -> "RunLog":
@@ -128,7 +131,7 @@ class FolderLog(RunLog):
         checkpoint: Checkpoint | None = None,
     ):
         self.folder, self.config, self.plan, self.dashboard = folder, config, plan, dashboard
-        self.skipped = data.skipped
+        self.data = data
         self.records: list[dict[str, Any]] = []
         self.report_due = time.monotonic() + REPORT_EVERY
         self.thread = ThreadPoolExecutor(1, "checkpoint")
@@ -202,9 +205,17 @@ class FolderLog(RunLog):
     ) -> None:
         self.wait()
         scores = closing[sizes["test_size"]]
-        self.folder.write_confusion("last", self.config.epochs - 1, scores["model"].confusion)
+        self.folder.write_confusion("last", self.config.total_epochs - 1, scores["model"].confusion)
         self.folder.write_confusion("best", state.best_epoch, scores["best"].confusion)
-        summary = summarise(self.config, self.plan, state, learner, sizes, closing, self.records, self.skipped)
+        found = assess(scores["best"], self.data.classes, self.data.val, self.config.seed)
+        for place, mistake in enumerate(found.mistakes):
+            self.folder.write_mistake(place, thumbnail(self.data.val, mistake["index"]))
+        self.folder.write_assessment(found.shown())
+        largest, seconds = int(max(self.config.batch_size)), sum(record["epoch_seconds"] for record in self.records)
+        inference = inference_speed(learner, sizes["test_size"], largest, seconds)
+        summary = summarise(
+            self.config, self.plan, state, learner, sizes, closing, self.records, self.data.skipped, found, inference
+        )
         self.folder.write_summary(summary)
         self.report()
         self.dashboard.finish()

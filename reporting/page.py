@@ -31,13 +31,14 @@ def report_page(folder: RunFolder) -> str:
         lstrip_blocks=True,
     )
     settings, plan, records, summary = folder.settings(), folder.plan(), folder.metrics(), folder.summary()
-    place = settings["data_path"] if settings["dataset"] == "imagefolder" else settings["dataset"]
+    place = settings["data_path"] if settings["dataset"] in ("imagefolder", "hub") else settings["dataset"]
     return environment.get_template("page.html.j2").render(
         title=f"{settings['model']} on {os.path.basename(os.path.normpath(place))}",
         run=os.path.basename(os.path.abspath(folder.path)),
         num_epochs=len(records),
         plan=plan,
-        last=plan.stages[-1],
+        last=plan.last,
+        total_epochs=plan.stages[-1].epochs.stop,
         stages=stage_table(plan, records),
         figures=draw(settings, plan, records) if records else {},
         pictures=[(stage, picture) for stage in plan.stages if (picture := as_data(folder.picture(stage.index)))],
@@ -45,6 +46,12 @@ def report_page(folder: RunFolder) -> str:
         training=duration(summary["train_seconds"]) if summary else "",
         accuracy=accuracy_table(summary) if summary else None,
         confusions=confusions(folder) if summary else {},
+        classes=class_table(summary) if summary else None,
+        verdict=verdict(summary) if summary else "",
+        curves=curves(summary, folder.assessment()) if summary else [],
+        calibration=calibration(summary) if summary else "",
+        mistakes=mistakes(folder),
+        inference=inference_table(summary) if summary else None,
         settings=(["setting", "value"], list(settings.items())),
     )
 
@@ -92,8 +99,9 @@ def as_data(path: str) -> str | None:
     """Read a picture as a data URL, an address that holds the whole picture; None if it is not there."""
     if not os.path.exists(path):
         return None
+    kind = "jpeg" if path.endswith(".jpg") else "png"
     with open(path, "rb") as file:
-        return f"data:image/png;base64,{base64.b64encode(file.read()).decode()}"
+        return f"data:image/{kind};base64,{base64.b64encode(file.read()).decode()}"
 
 
 def stage_table(plan: Plan, records: Sequence[Mapping[str, Any]]) -> Table:
@@ -129,6 +137,87 @@ def confusions(folder: RunFolder) -> dict[str, Any]:
     from reporting import figures
 
     return {"figure": figures.draw_confusion(found[1], classes)}
+
+
+def class_table(summary: Mapping[str, Any]) -> Table | None:
+    """Tabulate precision, recall and F1 of each class, the worst first; None for a run of an older version."""
+    rows = sorted(summary.get("per_class") or (), key=lambda row: (row["f1"], -row["support"]))
+    if not rows:
+        return None
+    weighted = "weight" in rows[0]
+    heads = ["class", "precision %", "recall %", "F1 %", "images", *(["weight in the loss"] if weighted else [])]
+    return heads, [
+        [row["class"], *(f"{row[name]:.2f}" for name in ("precision", "recall", "f1")), row["support"]]
+        + ([f"{row['weight']:.3g}"] if weighted else [])
+        for row in rows
+    ]
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """Say the figures that take classes of few images as seriously as those of many; "" for an older run."""
+    best, final = summary["best"], summary["final"]
+    if "macro_f1" not in best:
+        return ""
+    names = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1", "sensitivity": "sensitivity", "specificity": "specificity"}  # fmt: skip
+    told = [f"{text} {best[name]:.2f} %" for name, text in names.items() if best.get(name) is not None]
+    told += [f"area under the ROC curve {best['auc']:.4f}"] if best.get("auc") is not None else []
+    last = ", ".join(f"{names[name]} {final[name]:.2f} %" for name in ("balanced_accuracy", "macro_f1"))
+    same = best["epoch"] + 1 == summary["epochs"] and best["weights"] == "model"
+    told[0] = told[0].capitalize()
+    return ", ".join(told) + ("." if same else f". The last weights: {last}.")
+
+
+def curves(summary: Mapping[str, Any], shown: Mapping[str, Any]) -> list[str]:
+    """Draw the ROC curve and the reliability of the best weights, as far as there are any."""
+    found: list[str] = []
+    reliability, roc = shown.get("reliability"), shown.get("roc")
+    if reliability or roc:
+        from reporting import figures
+    if roc:
+        best = summary["best"]
+        chosen = (1 - best["specificity"] / 100, best["sensitivity"] / 100)
+        found.append(figures.draw_roc(roc, best["auc"], chosen, summary["per_class"][1]["class"]))
+    if reliability:
+        titles = curve_titles(summary["calibration"])
+        found += [figures.draw_reliability(title, reliability[name]) for name, title in titles.items()]
+    return found
+
+
+def curve_titles(fit: Mapping[str, Any]) -> dict[str, str]:
+    """Title the curves of reliability: that of the logits, and if a temperature was fitted, that with it."""
+    titles = {"before": f"as trained: ECE {100 * fit['ece_before']:.2f} %"}
+    if fit["fitted_on"]:
+        titles["after"] = f"temperature {fit['temperature']:.4g}: ECE {100 * fit['ece_after']:.2f} %"
+    return titles
+
+
+def calibration(summary: Mapping[str, Any]) -> str:
+    """Say what the temperature was fitted on; "" where there is none."""
+    fit = summary.get("calibration")
+    if not fit:
+        return ""
+    if not fit["fitted_on"]:
+        return (
+            f"Measured on {fit['measured_on']} images; too few others, or none of them wrong, to fit a temperature on."
+        )
+    return f"Temperature fitted on {fit['fitted_on']} validation images, both sides measured on the other {fit['measured_on']}."
+
+
+def mistakes(folder: RunFolder) -> list[tuple[str, str, str]]:
+    """List the most confident mistakes: the picture, what was predicted, and the file or number of the image."""
+    found = []
+    for place, mistake in enumerate(folder.assessment().get("mistakes") or ()):
+        picture = as_data(folder.mistake(place))
+        if picture is not None:
+            said = f"{mistake['predicted']} ({100 * mistake['probability']:.1f} %), it is {mistake['true']}"
+            found.append((picture, said, mistake["path"] or f"validation image {mistake['index']}"))
+    return found
+
+
+def inference_table(summary: Mapping[str, Any]) -> Table | None:
+    """Tabulate how fast the model answers, a row for each batch size; None for a run of an older version."""
+    rows = [[row["batch_size"], f"{row['images_per_second']:.3g}", f"{row['milliseconds']:.3g}"] for row in summary.get("inference") or ()]  # fmt: skip
+    return (["batch", "images/s", "milliseconds a batch"], rows) if rows else None
 
 
 def number(value: float | None, digits: int = 4) -> str:

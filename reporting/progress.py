@@ -18,7 +18,7 @@ class Progress:
     """
 
     def __init__(self, stage: Stage, epoch: int, config: Config, first_step: int, num_steps: int, show: bool):
-        self.title = f"stage {stage.index}, {stage.image_size} px, epoch {epoch + 1}/{config.epochs}"
+        self.title = f"stage {stage.index}, {stage.image_size} px, epoch {epoch + 1}/{config.total_epochs}"
         self.print_freq, self.num_steps, self.show = config.print_freq, num_steps, show
         watched = show and sys.stderr.isatty()
         self.bar = tqdm(

@@ -15,6 +15,7 @@ import torchvision
 from learning.learner import Learner
 from learning.scores import Score
 from learning.state import RunState
+from reporting.assessment import Assessment, scores_of
 from settings.errors import printable
 from settings.table import Config
 from stages import Plan, Stage
@@ -68,12 +69,16 @@ def summarise(
     closing: Mapping[int, Mapping[str, Score]],
     records: Sequence[dict[str, Any]],
     skipped: Mapping[str, Sequence[tuple[str, str]]],
+    assessment: Assessment,
+    inference: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """Build a finished run's summary.json.
 
     sizes: what the last evaluations were made at, by name, pixels
     closing: their scores, by size and by copy of the weights ("model", "ema", "best")
     skipped: of each split, the images that were left out: path and fault
+    assessment: of the best weights at test size
+    inference: speeds of the model by batch size
 
     Speeds are None where the records of what they are measured over are lost.
     """
@@ -88,15 +93,21 @@ def summarise(
         return rows
 
     # The final weights come from the last stage, the best ones perhaps not.
-    final = at_sizes("model")
+    final: dict[str, Any] = at_sizes("model")
     final["stage_size"] = final["last_training_size"]
+    final |= scores_of(closing[sizes["test_size"]]["model"].confusion.numpy())
+    weights = getattr(learner.training_loss, "weight", None)
+    of_classes = [{}] * len(assessment.classes) if weights is None else [{"weight": w} for w in weights.tolist()]
     stages = []
     for row in plan.as_dict()["stages"]:
         seconds, speed = stage_speed(records, row["index"])
         stages.append(row | {"train_seconds": seconds, "images_per_second": speed})
     seconds = sum(stage["train_seconds"] for stage in stages)
     images = sum(stage["train_seconds"] * stage["images_per_second"] for stage in stages)
-    last_speed = stages[-1]["images_per_second"]
+    trained = [stage for stage in stages if not stage["finetune"]]  # what a run of fixed size would do otherwise
+    trained_seconds = sum(stage["train_seconds"] for stage in trained)
+    trained_images = sum(stage["train_seconds"] * stage["images_per_second"] for stage in trained)
+    last_speed = trained[-1]["images_per_second"]
     return {
         "model": config.model,
         "dataset": config.dataset,
@@ -106,14 +117,17 @@ def summarise(
         "best_top1": closing[sizes["test_size"]]["best"].top1,
         "best_epoch": state.best_epoch,
         "final": final,
-        "best": {"epoch": state.best_epoch, "weights": state.best_weights, **at_sizes("best")},
+        "best": {"epoch": state.best_epoch, "weights": state.best_weights, **at_sizes("best"), **assessment.scores},
+        "per_class": [row | more for row, more in zip(assessment.classes, of_classes)],
+        "calibration": assessment.calibration_figures(),
+        "inference": list(inference),
         "stages": stages,
         "relative_cost": plan.relative_cost,
         "train_seconds": seconds,
         "images_per_second": images / seconds if seconds else None,
-        # As many images at the last stage's measured speed, over the time the run took
-        "speedup_over_fixed_size": images / last_speed / seconds if last_speed and seconds else None,
-        "epochs": config.epochs,
+        # As many images at the last stage's measured speed, over the time the stages took
+        "speedup_over_fixed_size": trained_images / last_speed / trained_seconds if last_speed else None,
+        "epochs": config.total_epochs,
         "skipped_images": {
             "count": sum(map(len, skipped.values())),
             **{split: {printable(path): fault for path, fault in images} for split, images in skipped.items()},

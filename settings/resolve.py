@@ -67,6 +67,9 @@ def drop_or_reject_idle(values: dict[str, Any], level: dict[str, int]) -> None:
     if values["lr_warmup_epochs"] == 0:
         for name in ("lr_warmup_method", "lr_warmup_decay"):
             needs[name] = ("lr_warmup_epochs", ("1 or more",))
+    if values["finetune_epochs"] == 0:
+        for name in ("finetune_size", "finetune_lr"):
+            needs[name] = ("finetune_epochs", ("1 or more",))
     if values["stages"] == 1:
         for name in ("stage_rule", "stage_epochs"):
             needs[name] = ("stages", ("2 or more",))
@@ -93,11 +96,15 @@ def check(config: Config) -> None:
 
 def doubts(config: Config) -> list[str]:
     """List what is likely a mistake in settings that can be carried out all the same."""
-    if config.lr_warmup_epochs < config.epochs:
-        return []
-    # No error: a short trial of a long recipe is a common thing, and its learning rates are what was asked for.
-    schedule = f"warm-up never ends, and lr_scheduler {config.lr_scheduler} does nothing"
-    return [f"lr_warmup_epochs {config.lr_warmup_epochs} with epochs {config.epochs}: {schedule}"]
+    found = []
+    if config.lr_warmup_epochs >= config.epochs:
+        # No error: a short trial of a long recipe is a common thing, and its learning rates are what was asked for.
+        schedule = f"warm-up never ends, and lr_scheduler {config.lr_scheduler} does nothing"
+        found.append(f"lr_warmup_epochs {config.lr_warmup_epochs} with epochs {config.epochs}: {schedule}")
+    if config.finetune_size not in (None, config.val_crop_size):
+        sizes = f"finetune_size {config.finetune_size} with val_crop_size {config.val_crop_size}"
+        found.append(f"{sizes}: the classifier is fitted to another size than it is evaluated at")
+    return found
 
 
 def check_stages(config: Config) -> None:

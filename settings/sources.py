@@ -116,9 +116,9 @@ def build_parser() -> argparse.ArgumentParser:
         elif name == "plan":
             options.update(nargs="?", const="table", metavar="json")
         else:
-            options["metavar"] = (
-                "|".join(row["choices"]) if row["choices"] else {"s": "TEXT", "i": "N", "f": "X"}[row["kind"][0]]
-            )
+            one = {"s": "TEXT", "i": "N", "f": "X"}[row["kind"][0]]
+            words = [*(row["choices"] or ()), *([one] if row["kind"] in LISTS or not row["choices"] else ())]
+            options["metavar"] = "|".join(words)
             if row["kind"] in LISTS:
                 options["nargs"] = "+"
         groups[row["group"]].add_argument("--" + name.replace("_", "-"), *row["flags"], **options)

@@ -52,6 +52,7 @@ def setting(
     """Make one row of the table.
 
     kind: "int", "float", "str", "bool", or a list of them: "ints", "floats", "strs"
+    choices: the only texts accepted; of a list of numbers, the words that may stand in its place
     interval: accepted numbers, as in "[0, 1)"
     optional: may be None
     scheduled: how it is shown, if it takes one value, first and last, or one per stage; else None
@@ -68,10 +69,12 @@ def setting(
 
 DATASETS = (
     "imagefolder", "imagenette", "imagenette-320px", "imagenette-160px",
-    "imagewoof", "imagewoof-320px", "imagewoof-160px", "digits",
+    "imagewoof", "imagewoof-320px", "imagewoof-160px", "hub", "digits",
 )  # fmt: skip
-ON_DISK = DATASETS[:-1]
-DOWNLOADS = ON_DISK[1:]
+ENCODED = DATASETS[:-1]
+FOLDERS = ENCODED[:-1]
+DOWNLOADS = FOLDERS[1:]
+OWN_SPLITS = ("imagefolder", "hub")
 POLICIES = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")
 # The least Beta(alpha, alpha) that torch draws from: below, both of the gamma draws that it divides round to 0 more and
 # more often, and the share is then one half, where it should be 0 or 1 (a quarter of the draws at 0.001, all at 1e-10).
@@ -89,15 +92,18 @@ class Config:
 
     # fmt: off
     # The data
-    data_path: str = setting("data", "folder of the data set; the reference's own default is a folder of its authors' cluster", kind="str", group="data")
-    dataset: str = setting("imagefolder", "imagefolder: any tree of one folder per class; digits: scikit-learn's handwritten digits, no download", kind="str", group="data", choices=DATASETS)
+    data_path: str = setting("data", "folder of the data set, or its name on the Hub (owner/name); the reference's own default is a folder of its authors' cluster", kind="str", group="data")
+    dataset: str = setting("imagefolder", "imagefolder: any tree of one folder per class; hub: a data set of the Hugging Face Hub, or a folder of Parquet (needs the package datasets); digits: scikit-learn's handwritten digits, no download", kind="str", group="data", choices=DATASETS)
     download: bool = setting(False, "fetch Imagenette or Imagewoof into data_path when it is not there", kind="bool", group="data", needs=("dataset", DOWNLOADS))
-    train_split: str = setting("train", "folder of the training images below data_path (imagefolder)", kind="str", group="data", needs=("dataset", ("imagefolder",)))
-    val_split: str = setting("val", "folder of the validation images below data_path (imagefolder)", kind="str", group="data", needs=("dataset", ("imagefolder",)))
-    train_list: str | None = setting(None, "text file of the training images to use, one path below the split's folder a line; unset: all", kind="str", group="data", optional=True, needs=("dataset", ON_DISK))
-    val_list: str | None = setting(None, "the same for validation", kind="str", group="data", optional=True, needs=("dataset", ON_DISK))
+    train_split: str = setting("train", "folder of the training images below data_path (imagefolder), or their split (hub)", kind="str", group="data", needs=("dataset", OWN_SPLITS))
+    val_split: str = setting("val", "folder of the validation images below data_path (imagefolder), or their split (hub: else validation, valid or test)", kind="str", group="data", needs=("dataset", OWN_SPLITS))
+    hub_config: str | None = setting(None, "configuration of a data set of the Hub that has several, such as 320px", kind="str", group="data", optional=True, needs=("dataset", ("hub",)))
+    image_column: str | None = setting(None, "column of the images; unset: the one of that type", kind="str", group="data", optional=True, needs=("dataset", ("hub",)))
+    label_column: str | None = setting(None, "column of the classes; unset: the one of that type, or called label", kind="str", group="data", optional=True, needs=("dataset", ("hub",)))
+    train_list: str | None = setting(None, "text file of the training images to use, one path below the split's folder a line; unset: all", kind="str", group="data", optional=True, needs=("dataset", FOLDERS))
+    val_list: str | None = setting(None, "the same for validation", kind="str", group="data", optional=True, needs=("dataset", FOLDERS))
     cache_dataset: bool = setting(False, "keep the list of an imagefolder's files for the next start; listed anew when a class folder changed", kind="bool", group="data", needs=("dataset", ("imagefolder",)))
-    on_bad_image: str = setting("error", "an image that cannot be read: error ends the run and names it; skip looks for all of them first, which takes as long as decoding all, leaves them out and lists them in summary.json", kind="str", group="data", choices=("error", "skip"), needs=("dataset", ON_DISK))
+    on_bad_image: str = setting("error", "an image that cannot be read: error ends the run and names it; skip looks for all of them first, which takes as long as decoding all, leaves them out and lists them in summary.json", kind="str", group="data", choices=("error", "skip"), needs=("dataset", ENCODED))
     decode_cache: str = setting("auto", "keep images decoded, once for all epochs and runs: auto (where there is room), off, or the folder to keep them in", kind="str", group="data")
     augment_on: str = setting("auto", "augment image by image in workers, or in batches on the device; auto: device if that is CUDA and the policy has a batch form (ra or none)", kind="str", group="data", choices=("auto", "worker", "device"))
     decode_on: str = setting("worker", "decode each time in workers, or JPEGs in batches on a CUDA GPU (nvJPEG; needs decode_cache off, augment_on device)", kind="str", group="data", choices=("worker", "device"), needs=("decode_cache", ("off",)))
@@ -118,8 +124,12 @@ class Config:
     train_crop_size: tuple[float, ...] = setting((224.0,), "side of the training crop, pixels; rounded down", kind="floats", group="stages", interval="[1, 8192]", scheduled=Schedule(field="image_size", heading="image size", axis="image size, px", whole=True))
     image_size_multiple: int = setting(1, "round training sizes down to a multiple of this", kind="int", group="stages", interval="[1, 512]")
 
+    finetune_epochs: int = setting(0, "epochs after all stages that train the classifier alone to the test size, with the statistics of the last batch norm (FixRes)", kind="int", group="stages", interval="[0, 1000000000]")
+    finetune_size: int | None = setting(None, "side of the images of that, pixels; unset: val_crop_size", kind="int", group="stages", interval="[1, 8192]", optional=True)
+    finetune_lr: float | None = setting(None, "learning rate of that; unset: a twentieth of lr", kind="float", group="stages", interval="(0, inf)", optional=True)
+
     # Training
-    epochs: int = setting(90, "passes over the training images, all stages together", kind="int", group="training", interval="[1, 1000000000]")
+    epochs: int = setting(90, "passes over the training images, all stages together but for finetune_epochs", kind="int", group="training", interval="[1, 1000000000]")
     start_epoch: int = setting(0, "first epoch to train, counted from 0; a resumed run knows its own", kind="int", group="training", interval="[0, 1000000000]")
     batch_size: tuple[float, ...] = setting((32.0,), "images per step and process", kind="floats", group="training", interval="[1, 1000000000]", scheduled=Schedule(field="batch_size", heading="batch", whole=True), flags=["-b"])
     opt: str = setting("sgd", "optimizer", kind="str", group="training", choices=("sgd", "sgd_nesterov", "rmsprop", "adamw"))
@@ -130,6 +140,7 @@ class Config:
     bias_weight_decay: float | None = setting(None, "weight decay of biases", kind="float", group="training", interval="[0, inf)", optional=True)
     transformer_embedding_decay: float | None = setting(None, "weight decay of class tokens and position embeddings", kind="float", group="training", interval="[0, inf)", optional=True)
     label_smoothing: float = setting(0.0, "share of the target spread over all classes, in the loss", kind="float", group="training", interval="[0, 1]")
+    class_weights: str | tuple[float, ...] | None = setting(None, "weights of the classes in the training loss: auto, larger for rarer ones (effective number of samples); or a number per class, in the order of their names; unset: all alike. Scaled to a mean of 1 over the training images", kind="floats", group="training", choices=("auto",), interval="(0, inf)", optional=True)
     clip_grad_norm: float | None = setting(None, "scale gradients down to at most this norm", kind="float", group="training", interval="(0, inf)", optional=True)
     lr_scheduler: str = setting("steplr", "how the learning rate falls after warm-up", kind="str", group="training", choices=("steplr", "cosineannealinglr", "exponentiallr"))
     lr_update: str = setting("epoch", "follow the schedule once per epoch, as the reference, or at every step", kind="str", group="training", choices=("epoch", "step"))
@@ -190,6 +201,7 @@ class Config:
     clearml_project: str = setting("progressive-learning", "ClearML project", kind="str", group="run", needs=("clearml", ("auto", "online", "offline")))
     clearml_task: str | None = setting(None, "name of the ClearML task; unset: the name of output_dir", kind="str", group="run", optional=True, needs=("clearml", ("auto", "online", "offline")))
     clearml_tags: tuple[str, ...] | None = setting(None, "tags of the ClearML task", kind="strs", group="run", optional=True, needs=("clearml", ("auto", "online", "offline")))
+    tensorboard: bool = setting(False, "write what ClearML is told into OUTPUT_DIR/tensorboard, for TensorBoard (needs its package, tensorboard)", kind="bool", group="run")
     plan: str | None = setting(None, "print the stages and their cost, train nothing; `json` for machines", kind="str", group="run", choices=("table", "json"), optional=True)
     # fmt: on
 
@@ -197,6 +209,15 @@ class Config:
         """Check whether setting `name` has no effect, because the setting it needs has another value."""
         needs = SETTINGS[name]["needs"]
         return needs is not None and getattr(self, needs[0]) not in needs[1]
+
+    @property
+    def total_epochs(self) -> int:
+        """Passes over the training images, fine-tuning included."""
+        return self.epochs + self.finetune_epochs
+
+    def evaluates(self, epoch: int) -> bool:
+        """Check whether an epoch ends with an evaluation: every `eval_every`-th, the last, and the last before fine-tuning."""
+        return (epoch + 1) % self.eval_every == 0 or epoch + 1 in (self.epochs, self.total_epochs)
 
     def as_dict(self) -> dict[str, Any]:
         """Convert the settings to plain values, for YAML, checkpoints and dashboards.
@@ -217,7 +238,7 @@ CLEARML = ("clearml", "clearml_project", "clearml_task", "clearml_tags")
 # Where and how it runs: written down, and free to differ on resume.
 PLACE = (
     *CLEARML, "cache_dataset", "checkpoint_every", "cuda_graphs", "data_path", "decode_cache", "device", "dist_url",
-    "on_bad_image",     "output_dir", "print_freq", "workers", "world_size",
+    "on_bad_image", "output_dir", "print_freq", "tensorboard", "workers", "world_size",
 )  # fmt: skip
 
 

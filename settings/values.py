@@ -75,7 +75,7 @@ def convert(name: str, value: Any, where: str = "") -> Any:
         ConfigError: it has another type, or is not one of the accepted values.
     """
     row = SETTINGS[name]
-    if value is None or (row["optional"] and value == "none"):
+    if value is None or (row["optional"] and value in ("none", ["none"])):  # a flag with several values gives a list
         if not row["optional"]:
             raise ConfigError(f"{where}{name} must be {describe(row)}, got nothing")
         return None
@@ -84,6 +84,9 @@ def convert(name: str, value: Any, where: str = "") -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         if not items:
             raise ConfigError(f"{where}{name} needs at least one value, got an empty list")
+        word = items[0].lower() if len(items) == 1 and isinstance(items[0], str) else None
+        if row["choices"] and word in row["choices"]:
+            return word
         return tuple(convert_one(name, item, kind[:-1], where) for item in items)
     return convert_one(name, value, kind, where)
 
@@ -152,7 +155,10 @@ def describe(row: Mapping[str, Any]) -> str:
         "int": "a whole number", "float": "a number", "str": "text", "bool": "true or false",
         "ints": "whole numbers", "floats": "a number or a list of numbers", "strs": "words",
     }[row["kind"]]  # fmt: skip
-    return f"one of {', '.join(row['choices'])}" if row["choices"] else noun
+    words = ", ".join(row["choices"] or ())
+    if row["kind"] in LISTS:
+        return f"{words}, or {noun}" if words else noun
+    return f"one of {words}" if words else noun
 
 
 def as_text(value: Any) -> str:

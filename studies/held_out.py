@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from images.datasets import Data, load_data
 from images.loaders import eval_loader
 from images.workers import closing_loader
 from learning.learner import build_learner
 from learning.weights import read_weights
+from reporting.assessment import receiver_operating, scores_of
 from reporting.folder import BEST, HELD_OUT, RunFolder
 from settings.errors import ConfigError, tell
 from settings.resolve import resolve
@@ -42,42 +42,46 @@ def evaluate_held_out(folder: RunFolder, split: str) -> dict[str, Any]:
     runtime = start_runtime(config)
     data = load_data(config, runtime)
     learner, _ = build_learner(config, len(data.classes), read_weights(config.model, folder.at(BEST)), runtime)
-    probabilities, targets = predict(learner.model, data, config, runtime)
-    return scores(probabilities, targets)
+    logits, targets = predict(learner.model, data, config, runtime)
+    return scores(logits, targets)
 
 
 @torch.inference_mode()
 def predict(model: torch.nn.Module, data: Data, config: Any, runtime: Runtime) -> tuple[NDArray, NDArray]:
-    """Compute the probabilities (N, K) of all validation images, and their class numbers (N,)."""
+    """Compute the logits (N, K) of all validation images, and their class numbers (N,)."""
     model.eval()
-    probabilities, targets = [], []
+    logits, targets = [], []
     with closing_loader(eval_loader(config, data, runtime, config.val_crop_size)) as loader:
         for images, numbers in loader:
             images = images.to(runtime.device, memory_format=runtime.memory_format)
             with runtime.autocast():
                 output = model(images)
-            probabilities.append(output.float().softmax(1).cpu().numpy())
+            logits.append(output.float().cpu().numpy())
             targets.append(numbers.numpy())
-    return np.concatenate(probabilities), np.concatenate(targets)
+    return np.concatenate(logits), np.concatenate(targets)
 
 
-def scores(probabilities: NDArray, targets: NDArray) -> dict[str, Any]:
-    """Compute accuracy; for two classes also the area under the ROC curve, sensitivity and specificity.
+def scores(outputs: NDArray, targets: NDArray) -> dict[str, Any]:
+    """Compute accuracy, also with all classes counting alike; for two classes the area under the ROC curve, sensitivity
+    and specificity.
 
-    probabilities: (N, K); targets: (N,) class numbers
+    outputs: (N, K) logits or probabilities; targets: (N,) class numbers
 
     Returns: percent, but for `auc`, which lies in [0, 1].
     """
-    predicted = probabilities.argmax(1)
+    predicted = outputs.argmax(1)
+    confusion = np.zeros((outputs.shape[1],) * 2, dtype=np.int64)
+    np.add.at(confusion, (targets, predicted), 1)
+    both = scores_of(confusion)
     found: dict[str, Any] = {
         "held_out_top1": 100 * float((predicted == targets).mean()),
+        "held_out_balanced_accuracy": both["balanced_accuracy"],
         "held_out_images": len(targets),
     }
-    if probabilities.shape[1] == 2:
-        positive = targets == 1
-        found["auc"] = float(roc_auc_score(positive, probabilities[:, 1]))
-        found["sensitivity"] = 100 * float((predicted[positive] == 1).mean())
-        found["specificity"] = 100 * float((predicted[~positive] == 0).mean())
+    if outputs.shape[1] == 2:
+        curve = receiver_operating(outputs, targets)
+        found["auc"] = curve and curve[0]
+        found |= {name: both[name] for name in ("sensitivity", "specificity")}
     return found
 
 
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = RunFolder(arguments[0])
     found = evaluate_held_out(folder, arguments[1])
     folder.write(HELD_OUT, json.dumps(found))
-    print(", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    print(", ".join(f"{name} {value:.4g}" for name, value in found.items() if value is not None))
     return 0
 
 

@@ -94,7 +94,7 @@ class Screen:
             self.live.update(self.table(runner), refresh=True)
             return
         for run, progress in runner.progress.items():
-            line = f"{run.name}: {state_text(progress, run.config.epochs)}"
+            line = f"{run.name}: {state_text(progress, run.config.total_epochs)}"
             if self.told.get(run.name) != line and (progress.state != "waiting" or run.name in self.told):
                 self.told[run.name] = line
                 left = runner.seconds_left()
@@ -109,7 +109,7 @@ class Screen:
             head += f", {duration(left)} of training left"
         table = plain_table(["run", "state", "epochs", "training", head])
         for run, progress in runner.progress.items():
-            epochs = f"{progress.epoch}/{run.config.epochs}"
+            epochs = f"{progress.epoch}/{run.config.total_epochs}"
             seconds = duration(progress.seconds) if progress.seconds else ""
             table.add_row(run.name, progress.state, epochs, seconds, progress.note, style=COLOURS[progress.state])
         return table

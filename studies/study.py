@@ -31,14 +31,17 @@ from reporting.folder import BEST
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from settings.sources import UniqueKeys, read_command_line, reject_unknown
-from settings.table import LAUNCH, PLACE, SETTINGS, Config, show
+from settings.table import BEFORE, LAUNCH, PLACE, SETTINGS, Config, plain, show
 from settings.values import nearest
 from stages import Plan, Stage, make_plan, plan_stages
 
 KEYS = ("title", "base", "settings", "conditions", "grid", "seeds", "metric", "control")
 OWN = ("config", "plan", "seed", "output_dir", "resume", "overwrite", "test_only", "time_budget")  # the sweep's own
 ASIDE = ("base", "held_out", "metric", "control")  # of a condition, besides settings
-METRICS = ("top1", "top1_ema", "best_top1", "held_out_top1", "auc")  # columns of the rows that are better when higher
+# Columns of the rows that are better when higher
+METRICS = (
+    "top1", "top1_ema", "best_top1", "balanced_accuracy", "macro_f1", "held_out_top1", "held_out_balanced_accuracy", "auc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +74,17 @@ class Run:
 
     @property
     def settings_digest(self) -> str:
-        """Hash what shapes the run, seed and place left out, to 12 digits: rows with another one are of other runs."""
+        """Hash what shapes the run, seed and place left out, to 12 digits: rows with another one are of other runs.
+
+        Settings that are what runs did before there were such settings are left out, so that a new one does not make
+        old rows another study's.
+        """
         left_out = (*LAUNCH, *PLACE, "seed")
-        values = {name: value for name, value in self.config.as_dict().items() if name not in left_out}
+        values = {
+            name: value
+            for name, value in self.config.as_dict().items()
+            if name not in left_out and value != plain(BEFORE[name])
+        }
         if self.source is not None:
             values["weights"] = f"of {self.source.settings_digest}"
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

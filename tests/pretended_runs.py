@@ -36,11 +36,11 @@ COMMON = (
     "--random-erase 0.3 --dropout 0.1 0.3 --model-ema"
 ).split()
 FORMS = {
-    "store": "--amp --channels-last --mixup-alpha 0 0.2 --cutmix-alpha 0 1 --workers 0 --decode-cache CACHE",
+    "store": "--amp --channels-last --mixup-alpha 0 0.2 --cutmix-alpha 0 1 --class-weights auto --workers 0 --decode-cache CACHE",
     "float16": "--amp --amp-dtype float16 --opt adamw --clip-grad-norm 1 --workers 0 --decode-cache CACHE --cuda-graphs off",
     "crops": "--opt rmsprop --workers 1 --decode-cache off",
     "decoded": "--decode-on device --workers 1 --decode-cache off",
-    "workers": "--augment-on worker --opt adamw --workers 1 --decode-cache off",
+    "workers": "--augment-on worker --opt adamw --workers 1 --decode-cache off --class-weights 3 1",
 }
 
 

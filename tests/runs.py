@@ -1,6 +1,8 @@
 """Small runs in this process, small trees of images for them, and what they leave."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 from programs import SMALL
 
+from learning.stop import Stop
 from train import run
 
 STAGED = "--stages 4 --epochs 8 --train-crop-size 32 48 --dropout 0.1 0.3 --stochastic-depth-prob 0 0.2".split()
@@ -19,6 +22,19 @@ STRONG = (
 
 def start(tree, out, *flags):
     return run([*SMALL, "--data-path", str(tree), "--output-dir", str(out), *map(str, flags)])
+
+
+def cut(monkeypatch, at_call):
+    """Send SIGTERM to the run when it asks for the `at_call`-th time whether to stop, evaluations not counted."""
+    calls, ask = [0], Stop.__call__
+
+    def counting(self, step=0, budget=True):
+        calls[0] += budget
+        if calls[0] == at_call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(self, step, budget)
+
+    monkeypatch.setattr(Stop, "__call__", counting)
 
 
 def make_tree(root, splits=(("train", 12), ("val", 5)), classes=("ant", "bee"), size=(40, 32)):

@@ -147,7 +147,10 @@ def test_settings_that_came_since_the_oldest_run_are_resumed_as_that_run_was(tmp
     """Their values before there were any. A default that changes leaves them as they are: the table's `before`."""
     oldest = torch.load(ROOT / "tests/data/run_of_2026_11/checkpoint.pth", weights_only=True)["config"]
     since = {name: value for name, value in BEFORE.items() if name not in oldest and name not in LAUNCH + PLACE}
-    assert since == {"train_list": None, "val_list": None}
+    lists = {"train_list": None, "val_list": None}
+    hub = {"hub_config": None, "image_column": None, "label_column": None}
+    finetune = {"finetune_epochs": 0, "finetune_size": None, "finetune_lr": None}
+    assert since == lists | hub | finetune | {"class_weights": None}
 
 
 def test_a_run_without_its_settings_file_is_told_those_of_its_checkpoint(tmp_path):

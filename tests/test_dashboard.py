@@ -109,7 +109,11 @@ def test_what_is_not_there_is_not_sent(online):
 
 def test_a_picture_of_training_images_for_each_stage(online):
     server, task, folder, _ = online
-    pictures = {(image.title, image.series, image.iteration): server.file(image.url) for image in task.images}
+    pictures = {
+        (image.title, image.series, image.iteration): server.file(image.url)
+        for image in task.images
+        if image.title == "training images"
+    }
     assert pictures == {
         ("training images", "stage 0, 32 px", 0): (folder / "report" / "stage_0.png").read_bytes(),
         ("training images", "stage 1, 64 px", 2): (folder / "report" / "stage_1.png").read_bytes(),
@@ -184,6 +188,28 @@ def test_confusions_and_accuracy_per_class_at_the_best_epoch_and_the_last(online
         assert [float(share) for share in table[2]] == [20 * kept[0][0], 20 * kept[1][1]]
 
 
+def test_what_the_best_weights_are_worth(online):
+    server, task, folder, _ = online
+    summary, shown = (json.loads((folder / name).read_text()) for name in ("summary.json", "report/best.json"))
+    epoch = summary["best_epoch"]
+    columns = task.plots["classes, worst first", "best"][epoch]["data"][0]["cells"]["values"]
+    assert sorted(columns[0]) == ["ant", "bee"] and [int(count) for count in columns[4]] == [5, 5]
+    assert task.plots["inference", "best"][epoch]["data"][0]["cells"]["values"][0][0] in (1, "1")
+    roc = task.plots["ROC", "best"][epoch]["data"]
+    assert roc[0]["x"] == shown["roc"]["false_positive_rate"] and roc[0]["y"] == shown["roc"]["true_positive_rate"]
+    lines = {line["name"]: line for line in task.plots["reliability", "best"][epoch]["data"]}
+    counts = [count for count in shown["reliability"]["before"]["counts"] if count]
+    title = f"as trained: ECE {100 * summary['calibration']['ece_before']:.2f} %"
+    assert set(lines) == {title, ""} and lines[title]["text"] == [f"{count} images" for count in counts]
+    assert sum(counts) == summary["calibration"]["measured_on"] == 5  # half of ten
+    pictures = {image.series: server.file(image.url) for image in task.images if image.title == "worst mistakes"}
+    assert len(pictures) == len(shown["mistakes"]) == 10 - round(summary["best_top1"] / 10)
+    for place, mistake in enumerate(shown["mistakes"]):
+        share = f"{100 * mistake['probability']:.1f} %"
+        said = f"{place + 1}: {mistake['true']}, taken for {mistake['predicted']}, {share}"
+        assert pictures[said] == (folder / "report" / f"mistake_{place}.jpg").read_bytes()
+
+
 def test_best_and_last_model_with_epoch_and_labels(online):
     server, task, folder, _ = online
     summary = json.loads((folder / "summary.json").read_text())
@@ -208,6 +234,10 @@ def test_single_values_are_the_outcome(online):
     summary, sent = json.loads((folder / "summary.json").read_text()), task.single_values
     for name in ("best_top1", "top1", "images_per_second", "speedup_over_fixed_size", "parameters", "best_epoch"):
         assert sent[name] == pytest.approx(summary[name])
+    for name in ("balanced_accuracy", "macro_f1", "auc", "sensitivity", "specificity"):
+        assert sent[name] == pytest.approx(summary["best"][name])
+    for name in ("temperature", "ece_before", "ece_after"):
+        assert sent[name] == pytest.approx(summary["calibration"][name])
     assert sent["train_hours"] == pytest.approx(summary["train_seconds"] / 3600)
     # EfficientNetV2-B0 without a head, as Keras counts it; two classes
     assert sent["parameters"] == 5_858_704 + 1280 * 2 + 2

@@ -263,6 +263,21 @@ def test_accuracy_on_images_that_chose_nothing_comes_first(results):
     assert points[-1]["top1"] == rows[-1]["top1"] and points[-1]["group"] == "monkeys"
 
 
+def test_class_weights_are_judged_by_what_all_classes_count_alike_in(tmp_path):
+    measured = {"none": (70.0, 80.0), "effective number": (75.0, 79.0)}  # balanced accuracy, and of test images
+    write_rows(str(tmp_path / "class_weights_small.csv"), [
+        study_rows.row(condition, seed, 85.0, varying={"class_weights": "auto" * (condition != "none")},
+                       balanced_accuracy=balanced + seed, held_out_top1=held_out, held_out_balanced_accuracy=held_out - 1)
+        for condition, (balanced, held_out) in measured.items() for seed in range(3)
+    ])  # fmt: skip
+    (figure,) = [figure for figure in all_figures(str(tmp_path)) if figure is not SCHEDULE]
+    points = next(rows for mark, rows in values(figure.specification()) if mark == "circle")
+    assert [point["top1"] for point in points] == [70, 71, 72, 75, 76, 77]
+    table = Tables(str(tmp_path)).table("study class_weights_small")
+    assert "balanced accuracy %, 95 % interval" in table and "+5.00 [+5.00, +5.00] against none" in table
+    assert "test images: balanced accuracy %" in table and "78.00 [78.00, 78.00]" in table
+
+
 def test_the_schedule_shows_each_stage_s_images_as_large_as_they_are():
     chart = SCHEDULE.specification()
     sides = [layer["mark"]["width"] for layer in flat(chart) if layer.get("mark", {}).get("type") == "image"]

@@ -142,6 +142,19 @@ def test_a_replay_that_computes_something_else_is_not_used(doubled, capsys):
     assert len(doubled.captured) == made
 
 
+class Gradients:
+    """Loss and gradients of a model, in bfloat16."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, images, targets):
+        with in_bfloat16().autocast():
+            loss = nn.functional.cross_entropy(self.model(images), targets)
+        loss.backward()
+        return loss.detach()
+
+
 @pytest.mark.parametrize("runtime", [CPU, in_bfloat16()], ids=["float32", "bfloat16"])
 def test_casts_and_counts_taken_together_change_no_bit(runtime):
     images, targets = torch.randn(6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
@@ -163,6 +176,17 @@ def test_casts_and_counts_taken_together_change_no_bit(runtime):
         outcomes.append([loss, state, [parameter.grad for parameter in model.parameters()]])
     assert_same_bits(*outcomes)
     assert outcomes[1][1]["1.num_batches_tracked"] == 2 and outcomes[1][1]["0.weight"].dtype == torch.float32
+
+
+def test_what_is_not_trained_has_no_cast_of_its_own_and_counts_no_batches():
+    model = network()
+    model.requires_grad_(False)
+    model[5].requires_grad_(True)
+    model.eval()
+    stage = StepGraphs(Gradients(model), model, list(model[5].parameters()), in_bfloat16())
+    assert len(stage.together.half) == 2
+    stage.gradients(torch.randn(6, 3, 8, 8), torch.zeros(6, dtype=torch.long))
+    assert model[1].num_batches_tracked == 0 and model[0].weight.grad is None and model[5].weight.grad is not None
 
 
 def test_casts_are_taken_together_in_half_precision_only():

@@ -18,11 +18,15 @@ def test_scores_of_two_classes_by_hand():
     assert found["auc"] == pytest.approx(
         5 / 6
     )  # of six pairs of sick and well, 0.4 against 0.6 alone is the wrong way round
+    assert found["held_out_balanced_accuracy"] == pytest.approx((200 / 3 + 50) / 2)
     assert found["sensitivity"] == pytest.approx(200 / 3) and found["specificity"] == pytest.approx(50)
 
 
 def test_more_classes_have_accuracy_alone():
-    assert scores(np.eye(3), np.array([0, 1, 1])) == {"held_out_top1": pytest.approx(200 / 3), "held_out_images": 3}
+    """Of class 1 one of two is right; class 2 has no image, and no part in the balanced accuracy."""
+    assert scores(np.eye(3), np.array([0, 1, 1])) == {
+        "held_out_top1": pytest.approx(200 / 3), "held_out_balanced_accuracy": pytest.approx(75), "held_out_images": 3,
+    }  # fmt: skip
 
 
 def test_best_weights_are_evaluated_on_the_folder_given_and_not_on_what_chose_them(tmp_path):
@@ -31,7 +35,7 @@ def test_best_weights_are_evaluated_on_the_folder_given_and_not_on_what_chose_th
     assert start(tree, tmp_path / "run", "--epochs", "1", "--val-list", tmp_path / "list.txt") == 0
     assert main([str(tmp_path / "run"), "test"]) == 0
     found = json.loads((tmp_path / "run" / "held_out.json").read_text())
-    assert found["held_out_images"] == 6 and set(found) == {"held_out_images", "held_out_top1", "auc", "sensitivity", "specificity"}  # fmt: skip
+    assert found["held_out_images"] == 6 and set(found) == {"held_out_images", "held_out_top1", "held_out_balanced_accuracy", "auc", "sensitivity", "specificity"}  # fmt: skip
     assert found["held_out_top1"] == pytest.approx((found["sensitivity"] + found["specificity"]) / 2)  # three of each
     with pytest.raises(ConfigError, match=r"no folder .*nowhere"):
         main([str(tmp_path / "run"), "nowhere"])

@@ -133,7 +133,7 @@ def rates_of_one_epoch(flags, epoch, steps=4):
         rates.append(optimizer.param_groups[0]["lr"])
         return torch.tensor(1.0)
 
-    learner = SimpleNamespace(runtime=runtime, ema=None, net=nn.Identity(), model=None, optimizer=optimizer, step=step)
+    learner = SimpleNamespace(runtime=runtime, ema=None, train=lambda: None, model=None, optimizer=optimizer, step=step)
     progress = SimpleNamespace(title="a test", step=lambda step, losses: None)
     assert train_one_epoch(
         learner, Loader(), RunState(epoch=epoch), learning_rate_schedule(config), progress, Stop(runtime)

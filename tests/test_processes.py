@@ -1,5 +1,6 @@
 """Runs in processes of their own, started as a user starts them: signals, and several processes at once."""
 
+import json
 import os
 import signal
 import sys
@@ -8,6 +9,11 @@ import pytest
 import torch
 from programs import LARGER, SMALL, honest_popen, honest_program, ranks, torchrun
 from runs import STRONG, assert_same_bits, checkpoint, make_tree, metrics
+
+
+def shown(folder):
+    """What a finished run says of its best weights, image by image."""
+    return json.loads((folder / "report" / "best.json").read_text())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -37,6 +43,16 @@ def test_two_processes_train_one_run_and_count_each_image_once(tmp_path):
     assert done.stdout.count("epoch 1/2: loss") == 1  # rank 0 talks
     # 22 images, 8 a step: 8, 8, 6
     assert records[0]["images_per_second"] * records[0]["epoch_seconds"] == pytest.approx(22)
+    # What was said of each image stayed with it: one process that evaluates them anew says the same.
+    together = shown(tmp_path / "run")
+    again = ranks(1, tmp_path, *flags, *stages, "--output-dir", tmp_path / "run", "--resume", "auto")
+    assert again[0].returncode == 0, again[0].stderr
+    alone = shown(tmp_path / "run")
+    assert together["mistakes"] and len(together["mistakes"]) == len(alone["mistakes"])
+    for ours, theirs in zip(together["mistakes"], alone["mistakes"]):
+        assert ours.pop("probability") == pytest.approx(theirs.pop("probability"), rel=1e-4) and ours == theirs
+    assert together["roc"] == alone["roc"]
+    assert together["reliability"]["before"]["counts"] == alone["reliability"]["before"]["counts"]
     test = [*flags, "--test-only", "--weights", tmp_path / "run" / "model_best.pth"]
     one, two = (start(*test).stdout for start in (honest_program, torchrun))
     assert "on 9 images" in one and "on 9 images" in two
@@ -49,7 +65,7 @@ def test_the_gradients_of_two_processes_are_those_of_one_with_the_joint_batch(tm
     whose statistics would be each process's own; dropout, which each process draws for itself, is off."""
     tree = make_tree(tmp_path / "images", splits=(("train", 4), ("val", 2)))
     flags = [*SMALL, "--data-path", tree, *"--model squeezenet1_1 --dropout 0 --train-crop-size 64 --epochs 1".split()]
-    flags += "--lr 1 --momentum 0 --weight-decay 0 --random-erase 0.5 --auto-augment ra".split()
+    flags += "--lr 1 --momentum 0 --weight-decay 0 --random-erase 0.5 --auto-augment ra --class-weights 3 1".split()
     torch.manual_seed(0)
     for count, batch_size in ((1, 8), (2, 4)):
         done = ranks(count, tmp_path, *flags, "--batch-size", batch_size, "--output-dir", tmp_path / str(count))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from programs import SMALL
 from runs import make_tree, metrics
 
@@ -75,6 +76,70 @@ def test_closing_evaluations_at_one_size_are_one_row(folder):
     folder.write_summary(json.loads(SUMMARY))
     page = report_page(folder)
     assert "48 px: its stage&#39;s size, last training size</td>" in page and "64 px: test size</td>" in page
+
+
+def test_a_run_of_an_older_version_has_no_such_parts(folder):
+    folder.write_summary(json.loads(SUMMARY))
+    page = report_page(folder)
+    assert not any(head in page for head in ("the worst first", "Probabilities", "Worst mistakes", "Inference"))
+
+
+def row_of(name, f1, support=10):
+    return {"class": name, "precision": 50.0, "recall": 60.0, "f1": f1, "support": support}
+
+
+@pytest.fixture
+def assessed(folder):
+    """The folder of a run that has finished, with all that is said of its weights."""
+    summary = json.loads(SUMMARY) | {"epochs": 2, "per_class": [row_of("<ant>", 70.0), row_of("bee", 30.0)]}
+    summary["best"] |= {"epoch": 0, "balanced_accuracy": 61.5, "macro_f1": 50.25, "auc": 0.875, "sensitivity": 80.0, "specificity": 43.0}  # fmt: skip
+    summary["final"] |= {"balanced_accuracy": 62.5, "macro_f1": 51.25}
+    summary["calibration"] = {"temperature": 1.5, "ece_before": 0.125, "ece_after": 0.01, "fitted_on": 60, "measured_on": 61, "bins": 15}  # fmt: skip
+    summary["inference"] = [{"batch_size": 8, "images_per_second": 160.0, "milliseconds": 50.0}]
+    folder.write_summary(summary)
+    curve = {"counts": [0] * 14 + [61], "confidence": [0.0] * 14 + [0.97], "accuracy": [0.0] * 14 + [0.75]}
+    mistakes = [{"index": 4, "true": "<ant>", "predicted": "bee", "probability": 0.987, "path": "val/<b>.png"}]
+    folder.write_assessment({
+        "reliability": {"before": curve, "after": curve}, "mistakes": mistakes,
+        "roc": {"false_positive_rate": [0.0, 0.5, 1.0], "true_positive_rate": [0.0, 1.0, 1.0]},
+    })  # fmt: skip
+    folder.write_mistake(0, Image.new("RGB", (20, 10), "red"))
+    return folder
+
+
+def test_classes_come_worst_first_with_the_figures_of_all(assessed):
+    page = report_page(assessed)
+    part = page.split("Classes, the worst first")[1].split("</table>")[0]
+    assert part.index("<td>bee</td>") < part.index("<td>&lt;ant&gt;</td>") and "50.00" in part and "weight" not in part.split("<tr>")[1]  # fmt: skip
+    assert (
+        "Balanced accuracy 61.50 %, macro-F1 50.25 %, sensitivity 80.00 %, specificity 43.00 %, area under the ROC curve "
+        "0.8750. The last weights: balanced accuracy 62.50 %, macro-F1 51.25 %." in part
+    )
+
+
+def test_probabilities_mistakes_and_speed_are_shown(assessed):
+    page = report_page(assessed)
+    assert page.count("<svg") == 7  # four of training, ROC, reliability before and after
+    assert "as trained: ECE 12.50 %" in page and "temperature 1.5: ECE 1.00 %" in page and "area 0.8750" in page
+    assert "Temperature fitted on 60 validation images, both sides measured on the other 61." in page
+    assert "bee (98.7 %), it is &lt;ant&gt;</b>val/&lt;b&gt;.png" in page and page.count("data:image/jpeg;base64,") == 1
+    assert "<td>8</td><td>160</td><td>50</td>" in page
+    summary = assessed.summary()
+    summary["calibration"] |= {"fitted_on": 0, "temperature": 1.0}
+    assessed.write_summary(summary)
+    page = report_page(assessed)
+    assert "too few others, or none of them wrong" in page and "temperature 1:" not in page
+
+
+def test_many_classes_scroll_within_the_page(assessed):
+    summary = assessed.summary()
+    assert 'class="wide tall"' not in report_page(assessed)
+    summary["per_class"] = [row_of(f"class {i}", float(i % 90), i) for i in range(1000)]
+    assessed.write_summary(summary)
+    page = report_page(assessed)
+    rows = page.split("Classes, the worst first")[1].split("</table>")[0].split("<tr>")[2:]
+    assert 'class="wide tall"' in page and len(rows) == 1000 and len(page) < 1_500_000
+    assert "<td>class 990</td>" in rows[0]  # of those with an F1 of 0 the one with the most images
 
 
 SUMMARY = json.dumps({
@@ -161,5 +226,7 @@ def test_a_run_that_died_before_its_closing_evaluations_ends_the_same(tmp_path, 
     assert start(tree, tmp_path / "cut", "--resume", "auto") == 0
     assert len(evaluated) >= 10  # nothing was known any more
     ours, theirs = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("cut", "whole"))
-    for part in ("final", "best", "top1", "top1_ema", "best_epoch"):
+    for part in ("final", "best", "top1", "top1_ema", "best_epoch", "per_class", "calibration"):
         assert ours[part] == theirs[part]
+    both = [RunFolder(str(tmp_path / name)).assessment() for name in ("cut", "whole")]
+    assert both[0] == both[1] and both[0]["reliability"]

@@ -1,31 +1,15 @@
 """How runs stop and go on: with the same bits where nothing was asked to change."""
 
 import multiprocessing
-import os
-import signal
 
 import pytest
 import torch
 import yaml
-from runs import STAGED, STRONG, assert_same_bits, checkpoint, make_tree, metrics, start
+from runs import STAGED, STRONG, assert_same_bits, checkpoint, cut, make_tree, metrics, start
 
 import train
 from learning.learner import Learner
-from learning.stop import Stop
 from train import run
-
-
-def cut(monkeypatch, at_call):
-    """Send SIGTERM to the run when it asks for the `at_call`-th time whether to stop, evaluations not counted."""
-    calls, ask = [0], Stop.__call__
-
-    def counting(self, step=0, budget=True):
-        calls[0] += budget
-        if calls[0] == at_call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return ask(self, step, budget)
-
-    monkeypatch.setattr(Stop, "__call__", counting)
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,19 @@ def test_summary_has_accuracy_at_three_sizes(two_stages):
     assert summary["versions"]["torch"] == torch.__version__ and summary["seed"] == 0
 
 
+def test_summary_says_what_the_best_weights_are_worth(two_stages):
+    folder = two_stages[0]
+    summary, counts = json.loads((folder / "summary.json").read_text()), RunFolder(str(folder)).confusion("best")[1]
+    ant, bee = counts.diagonal() / 5  # five images of each class
+    best = summary["best"]
+    assert best["balanced_accuracy"] == pytest.approx(50 * (ant + bee)) == pytest.approx(summary["best_top1"])
+    assert (best["specificity"], best["sensitivity"]) == (pytest.approx(100 * ant), pytest.approx(100 * bee))
+    assert 0 <= best["auc"] <= 1 and [row["support"] for row in summary["per_class"]] == [5, 5]
+    assert summary["calibration"]["temperature"] == 1 and summary["calibration"]["measured_on"] == 5  # few images
+    assert summary["final"]["balanced_accuracy"] == pytest.approx(summary["top1"])  # as many of both
+    assert summary["inference"][0]["batch_size"] == 1 and summary["inference"][0]["images_per_second"] > 0
+
+
 def test_best_weights_load_into_plain_torchvision_and_score_what_was_said(two_stages, capsys):
     folder, tree, flags = two_stages
     model = torchvision.models.mobilenet_v3_small(num_classes=2)
@@ -99,8 +112,9 @@ def test_report_is_one_page_that_needs_nothing_else(two_stages):
 
     Reader().feed(page)
     tags = [tag for tag, _ in seen]
-    assert tags.count("img") == 2  # a grid of images per stage
-    assert tags.count("svg") == 5  # two rows of curves, drop rates and lr, speed, confusions
+    mistakes = RunFolder(str(folder)).assessment()["mistakes"]
+    assert tags.count("img") == 2 + len(mistakes)  # a grid of images per stage
+    assert tags.count("svg") == 7  # two rows of curves, drop rates and lr, speed, ROC, reliability, confusions
     sources = [attributes for tag, attributes in seen if tag in ("img", "script", "link")]
     links = [attributes.get("src") or attributes.get("href") for attributes in sources]
     assert all(link.startswith("data:") for link in links)

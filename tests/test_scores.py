@@ -6,7 +6,8 @@ import pytest
 import torch
 from small_models import CPU
 
-from learning.scores import NonFiniteLoss, Score, TrainingLoss
+from learning import scores
+from learning.scores import NonFiniteLoss, Score, TrainingLoss, keep_outputs
 from learning.state import RunState
 from utils import Runtime
 
@@ -52,6 +53,44 @@ def test_half_precision_outputs_lose_nothing():
         score.add(torch.eye(10, dtype=torch.bfloat16), torch.arange(10), torch.tensor(1.5, dtype=torch.bfloat16))
     score.gather()
     assert (score.num_images, score.top1, score.top5, score.loss) == (3000, 100.0, 100.0, 1.5)
+
+
+def test_outputs_are_kept_in_their_order_with_what_was_counted():
+    score = Score(CPU)
+    first, second = torch.tensor([[3.0, 1.0, 2.0], [0.0, 0.5, 0.25]]), torch.tensor([[1.0, 1.0, 0.0]]).bfloat16()
+    score.add(first, torch.tensor([0, 2]), torch.tensor(1.0))
+    score.add(second.float(), torch.tensor([1]), torch.tensor(1.0))
+    outputs = score.gather().collect().outputs
+    assert torch.equal(outputs.logits, torch.cat([first, second.float()])) and outputs.targets.tolist() == [0, 2, 1]
+    # What is first of two equal ones is torch's choice, and counted so
+    counted = torch.zeros(3, 3, dtype=torch.long)
+    counted[outputs.targets, outputs.predicted] = 1
+    assert torch.equal(score.confusion, counted) and outputs.predicted[:2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("most", "kept"), [(30, True), (29, False)])
+def test_too_many_outputs_are_not_kept_and_all_is_counted(monkeypatch, most, kept):
+    monkeypatch.setattr(scores, "KEPT", most)
+    score = Score(CPU)
+    for _ in range(5):
+        score.add(torch.eye(2, 3), torch.tensor([0, 1]), torch.tensor(1.0))
+    assert len(score.batches) == 5 * kept
+    score.gather().collect()
+    assert (score.outputs is not None) is kept and score.num_images == 10 and score.top1 == 100
+
+
+def test_only_the_best_weights_keep_their_outputs():
+    def score():
+        found = Score(CPU)
+        found.add(torch.eye(2), torch.tensor([0, 1]), torch.tensor(1.0))
+        return found.gather()
+
+    known = {"model": score(), "ema": score()}
+    known["best"] = known["ema"]
+    keep_outputs(known, of="best")
+    assert known["model"].outputs is None and known["ema"].outputs is known["best"].outputs is not None
+    keep_outputs(known, of=None)
+    assert known["best"].outputs is None and known["best"].confusion.tolist() == [[1, 0], [0, 1]]
 
 
 def test_the_mean_loss_counts_images_not_batches():

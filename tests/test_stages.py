@@ -132,7 +132,7 @@ def test_plan_needs_neither_data_nor_gpu_and_tells_its_cost(capsys, monkeypatch,
     assert told["relative_cost"] == pytest.approx(0.553, abs=0.01)  # by areas; layers round odd sizes up
     assert set(told["stages"][0]) == {
         "index", "first_epoch", "last_epoch", "image_size", "ra_magnitude", "mixup_alpha", "cutmix_alpha", "dropout",
-        "stochastic_depth_prob", "random_erase", "batch_size", "gflops_per_image",
+        "stochastic_depth_prob", "random_erase", "batch_size", "gflops_per_image", "finetune",
     }  # fmt: skip
     assert run(["--config", config, "--plan"]) == 0
     assert "185" in capsys.readouterr().out

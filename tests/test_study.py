@@ -84,6 +84,9 @@ def test_rows_are_known_by_what_shapes_a_run_and_not_by_place_or_seed(write):
     assert digests[0] == digests[2] != digests[1]
     assert digests == [run.settings_digest for run in other.runs]
     assert read_study(write(text), "r", ["--epochs", "5"]).runs[0].settings_digest != digests[0]
+    # Of {"epochs": 4, "lr": 0.2, "model": ..., "train_crop_size": 32, "val_crop_size": 32, "val_resize_size": 32} and no
+    # setting more, so that those still to come leave the rows there are what they are.
+    assert digests[1] == "d08ba32895a4"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_rows_are_known_by_what_shapes_a_run_and_not_by_place_or_seed(write):
         ("conditions: {a: {control: z}}", "", r"control 'z' is none of the conditions: a"),
         ("conditions: {a: {}}\nseeds: 3", "", r"seeds must be a list of whole numbers, got 3"),
         ("conditions: {a: {}}\nseeds: [1, 1]", "", r"a seed stands twice in \[1, 1\]"),
-        ("conditions: {a: {}}\nmetric: f1", "", r"metric must be one of top1, top1_ema, best_top1, held_out_top1, auc, got 'f1'"),
+        ("conditions: {a: {}}\nmetric: f1", "", r"metric must be one of top1, top1_ema, best_top1, balanced_accuracy, macro_f1, held_out_top1, held_out_balanced_accuracy, auc, got 'f1'"),
         ("conditions: {a: {}}\ncontrol: b", "", r"control 'b' is none of the conditions: a"),
         ("conditions: {a: {weights: {of: b}}}", "", r"weights of 'b', which is none of the conditions"),
         ("conditions: {a: {weights: {of: b}}, b: {weights: {of: a}}}", "", r"start from each other's weights"),
@@ -158,6 +161,8 @@ STUDIES = {  # conditions, seeds; the original study's limits and the controls i
     "ra_magnitude_small": (9, 3),
     "transfer_small": (25, 3),
     "staged_192px": (["progressive", "fixed", "fixed, same time"], 3),
+    "class_weights": (["none", "effective number", "inverse frequency"], 5),
+    "class_weights_small": (["none", "effective number"], 4),
 }  # fmt: skip
 
 

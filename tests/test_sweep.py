@@ -67,6 +67,8 @@ def test_each_run_leaves_a_row_and_its_epochs_and_the_study_its_statistics(place
         ("high", "0", "0.07", "70"), ("high", "1", "0.07", "71"), ("high", "2", "0.07", "72"),
     ]  # fmt: skip
     assert {(row["train_seconds"], row["cpu_seconds"], row["images"], row["best_top1"][1:]) for row in rows if row["seed"] == "0"} == {("6", "4.5", "600", "1")}  # fmt: skip
+    assert {float(row["top1"]) - float(row["balanced_accuracy"]) for row in rows} == {2}
+    assert {row["condition"]: row["mean"] for row in rows_of(place.folder, "_means") if row["column"] == "balanced_accuracy"} == {"low": "49", "high": "69"}  # fmt: skip
     epochs = rows_of(place.folder, "_epochs")
     assert len(epochs) == 18 and [row["train_seconds"] for row in epochs[:3]] == ["2", "4", "6"]
     means = {row["condition"]: row for row in rows_of(place.folder, "_means") if row["column"] == "top1"}
@@ -115,7 +117,7 @@ def test_killed_twice_it_ends_with_the_rows_of_an_undisturbed_one_and_no_run_twi
     place.folder.mkdir()
     assert finished(place(TWO)).returncode == 0
     assert cut == [rows_of(place.folder, part) for part in PARTS]
-    assert [len(part) for part in cut] == [6, 18, 8, 4]  # means of four measures, of two conditions
+    assert [len(part) for part in cut] == [6, 18, 12, 6]  # means of six measures, of two conditions
 
 
 def test_a_run_that_is_killed_with_its_sweep_goes_on_where_it_was_saved(place):

@@ -33,19 +33,21 @@ def test_all_modes_train_to_the_same_bits(images, tmp_path, server):
     flags = [*RUN, "--data-path", images, "--epochs", "2", "--auto-augment", "ta_wide", "--workers", "1"]
     for mode in ("off", "offline", "auto"):  # auto is online here
         env = server.env(tmp_path / "cache") if mode == "auto" else nowhere(tmp_path / "cache")
-        done = program(*flags, "--output-dir", tmp_path / mode, "--clearml", mode, env=env)
+        more = ["--tensorboard"] if mode == "offline" else []  # both at once
+        done = program(*flags, "--output-dir", tmp_path / mode, "--clearml", mode, *more, env=env)
         assert done.returncode == 0, done.stdout + done.stderr
     for mode in ("offline", "auto"):
         for part in ("model", "optimizer"):
             assert_same_bits(checkpoint(tmp_path / "off")[part], checkpoint(tmp_path / mode)[part])
     assert len(server.tasks) == 1
     assert not (tmp_path / "off" / "clearml").exists() and (tmp_path / "offline" / "clearml" / "offline").is_dir()
+    assert len(RunFolder(str(tmp_path / "offline")).events()) == 1
 
 
-def test_off_never_imports_clearml(images, tmp_path):
+def test_what_is_not_asked_for_is_not_imported(images, tmp_path):
     code = (
         "import sys, tiny, train; code = train.run(sys.argv[1:]); "
-        "sys.exit(code or 40 * any(name.split('.')[0] == 'clearml' for name in sys.modules))"
+        "sys.exit(code or 40 * any(name.split('.')[0] in ('clearml', 'tensorboard') for name in sys.modules))"
     )
     flags = [*RUN, "--data-path", images, "--output-dir", tmp_path / "run", "--epochs", "1", "--clearml", "off"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

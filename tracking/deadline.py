@@ -29,7 +29,7 @@ def watched(work: Callable[[], None], limit: float, trouble: Callable[[], Any]) 
 
 
 @contextmanager
-def never_fatal(consequence: str) -> Iterator[None]:
+def never_fatal(consequence: str, where: str = "ClearML") -> Iterator[None]:
     """Print any error within the block in one line and go on: it is no failure of the run.
 
     consequence: what the error leads to, in words
@@ -37,7 +37,7 @@ def never_fatal(consequence: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the SDK, the network, the server: anything
-        print(f"ClearML: {consequence}: {brief(error)}", flush=True)
+        print(f"{where}: {consequence}: {brief(error)}", flush=True)
 
 
 def brief(error: BaseException) -> str:

@@ -1,15 +1,17 @@
-"""Reports of a run to a ClearML task."""
+"""Reports of a run: to a ClearML task, and to whatever else has the face of its logger."""
 
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from learning.checkpoint import previous_checkpoint
 from reporting.folder import BEST, CHECKPOINT, METRICS, REPORT, SUMMARY, RunFolder
+from reporting.page import class_table, curve_titles, inference_table
 from reporting.records import worst_confusions
 from stages import COLUMNS
 from tracking.events import SAMPLES, Points, points_of
@@ -37,46 +39,45 @@ SINGLE_VALUES = (
     "best_top1", "best_epoch", "top1", "top1_ema", "train_hours", "images_per_second", "speedup_over_fixed_size",
     "relative_cost", "parameters",
 )  # fmt: skip
+OF_BEST = ("balanced_accuracy", "macro_f1", "auc", "sensitivity", "specificity")  # single values of the best weights
+OF_CALIBRATION = ("temperature", "ece_before", "ece_after")
 
 
-class TaskReport:
-    """The reports of a run to a ClearML task, from what its folder holds.
+class RunReport:
+    """The report of a run, from what its folder holds.
 
-    Repeated, they leave the page as it is: points that the task has are not told again, and the rest takes the place of
-    what it was. Two things they cannot: pictures and models are filed anew once the task is renamed, and the console,
-    which is the SDK's, is only appended to.
-
-    folder: the run's
-    no_files: why the server takes no files now, None if it does
-    known: the points that the task had when this report began
+    logger: takes it, with the methods and arguments of ClearML's
+    no_files: why it takes no files now, None if it does
+    known: the points that were told before this report began
     shown: the stages whose pictures are sent
     """
 
-    def __init__(self, task: Any, folder: RunFolder, no_files: str | None):
-        self.task = task
+    def __init__(self, folder: RunFolder, logger: Any, no_files: str | None = None):
         self.folder = folder
         self.no_files = no_files
-        self.logger = task.get_logger()
+        self.logger = logger
         self.plan = folder.plan()
         self.classes = folder.classes()
         self.known = Points()
         self.shown: set[int] = set()
+        self.told_mistakes = False
+        self.best_due = 0.0
 
     def so_far(self) -> None:
         """Report the plan, and the epochs there are with pictures of their stages."""
         heads, rows = self.plan.table()
         self.logger.report_table("plan", "stages", iteration=0, table_plot=[heads, *rows])
-        self.known = points_of(self.task)
         for record in self.folder.metrics():
             self.epoch(record)
         self.pictures()
 
     def pictures(self) -> None:
-        """Report the pictures of the stages of which there are epochs, as far as they are not sent."""
+        """Report the pictures of the stages of which there are epochs, and of mistakes, as far as they are not sent."""
         records = self.folder.metrics()
         for stage in self.plan.stages:
             if records and stage.epochs.start <= records[-1]["epoch"]:
                 self.picture(stage.index)
+        self.mistakes()
 
     def picture(self, index: int) -> None:
         """Report the picture of what augmentation does in a stage, once that has begun.
@@ -90,18 +91,33 @@ class TaskReport:
         series = f"stage {index}, {stage.image_size} px"
         self.logger.report_image("training images", series, stage.epochs.start, local_path=picture)
 
+    def mistakes(self) -> None:
+        """Report the pictures of the most confident mistakes of a finished run, each by what was said of it."""
+        summary = self.folder.summary()
+        if self.no_files is not None or summary is None or self.told_mistakes:
+            return
+        self.told_mistakes = True
+        for place, mistake in enumerate(self.folder.assessment().get("mistakes") or ()):
+            share = f"{100 * mistake['probability']:.1f} %"
+            series = f"{place + 1}: {mistake['true']}, taken for {mistake['predicted']}, {share}"
+            self.logger.report_image(
+                "worst mistakes", series, summary["best_epoch"], local_path=self.folder.mistake(place)
+            )
+
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Report a line of metrics.jsonl, as far as the task has it not; its epoch is the iteration."""
+        """Report a line of metrics.jsonl, as far as it is not known; its epoch is the iteration."""
         for point in points(record):
             if not self.known.has(*point):
                 self.logger.report_scalar(*point)
 
-    def missing(self) -> int:
-        """Count the points of the run that the task has not; none where they are too many to ask for."""
-        self.known, records = points_of(self.task), self.folder.metrics()
-        if len(records) >= SAMPLES:
-            return 0
-        return sum(not self.known.has(*point) for record in records for point in points(record))
+    def best(self, epoch: int, matrix: np.ndarray) -> None:
+        """Report the confusions of the best weights so far, at most once a minute.
+
+        Early on every epoch is the best; `outcome` reports those that stay.
+        """
+        if time.monotonic() >= self.best_due:
+            self.best_due = time.monotonic() + 60
+            self.confusion("best", epoch, matrix)
 
     def confusion(self, series: str, epoch: int, matrix: np.ndarray) -> None:
         """Report accuracy per class and the confusion matrix, of many classes those least often right.
@@ -132,10 +148,61 @@ class TaskReport:
                 self.confusion(series, *found)
         summary = self.folder.summary()
         if summary is not None:
+            fit = summary.get("calibration") or {}
             figures = summary | {"train_hours": summary["train_seconds"] / 3600}
-            for name in SINGLE_VALUES:
+            figures |= {name: summary["best"].get(name) for name in OF_BEST}
+            figures |= {name: fit.get(name) for name in OF_CALIBRATION}
+            for name in (*SINGLE_VALUES, *OF_BEST, *OF_CALIBRATION):
                 if figures[name] is not None:
                     self.logger.report_single_value(name, figures[name])
+            self.quality(summary)
+
+    def quality(self, summary: Mapping[str, Any]) -> None:
+        """Report what the best weights of a finished run are worth: tables, the ROC curve, how far probabilities hold."""
+        epoch = summary["best_epoch"]
+        for title, content in (("classes, worst first", class_table(summary)), ("inference", inference_table(summary))):
+            if content is not None:
+                table = [list(content[0]), *map(list, content[1])]
+                self.logger.report_table(title, "best", iteration=epoch, table_plot=table)
+        shown = self.folder.assessment()
+        roc, reliability = shown.get("roc"), shown.get("reliability")
+        if roc:
+            line = {"x": roc["false_positive_rate"], "y": roc["true_positive_rate"], "name": "best weights"}
+            axes = ("others called so, share", f"{self.classes[1]} found, share")
+            self.logger.report_plotly("ROC", "best", iteration=epoch, figure=plotly([line], *axes))
+        if reliability:
+            lines = []
+            for name, title in curve_titles(summary["calibration"]).items():
+                curve = reliability[name]
+                some = [i for i, count in enumerate(curve["counts"]) if count]
+                points = {"x": [curve["confidence"][i] for i in some], "y": [curve["accuracy"][i] for i in some]}
+                lines.append(points | {"name": title, "text": [f"{curve['counts'][i]} images" for i in some]})
+            axes = ("probability of the class named", "share that is right")
+            self.logger.report_plotly("reliability", "best", iteration=epoch, figure=plotly(lines, *axes))
+
+
+class TaskReport(RunReport):
+    """The report of a run to a ClearML task.
+
+    Repeated, it leaves the page as it is: points that the task has are not told again, and the rest takes the place of
+    what it was. Two things it cannot: pictures and models are filed anew once the task is renamed, and the console,
+    which is the SDK's, is only appended to.
+    """
+
+    def __init__(self, task: Any, folder: RunFolder, no_files: str | None):
+        super().__init__(folder, task.get_logger(), no_files)
+        self.task = task
+
+    def so_far(self) -> None:
+        self.known = points_of(self.task)
+        super().so_far()
+
+    def missing(self) -> int:
+        """Count the points of the run that the task has not; none where they are too many to ask for."""
+        self.known, records = points_of(self.task), self.folder.metrics()
+        if len(records) >= SAMPLES:
+            return 0
+        return sum(not self.known.has(*point) for record in records for point in points(record))
 
     def artifacts(self) -> None:
         """Upload summary, metrics and report, as far as they are there; waits for it.
@@ -192,6 +259,16 @@ def points(record: Mapping[str, Any]) -> Iterator[tuple[str, str, float, int]]:
             yield title, series, value, record["epoch"]
     for name in record.get("non_finite", ()):
         yield "non_finite", name, 1, record["epoch"]
+
+
+def plotly(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, Any]:
+    """Build a plot of lines over [0, 1], and the diagonal, in the form that the dashboard draws.
+
+    x, y: titles of the axes
+    """
+    diagonal = {"x": [0, 1], "y": [0, 1], "name": "", "line": {"dash": "dash"}, "showlegend": False}
+    data = [{"type": "scatter", "mode": "lines+markers", **line} for line in (*lines, diagonal | {"mode": "lines"})]
+    return {"data": data, "layout": {"xaxis": {"title": x, "range": [0, 1]}, "yaxis": {"title": y, "range": [0, 1]}}}
 
 
 def digest(path: str) -> str:

@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -36,8 +35,8 @@ ABORT_SECONDS = 600.0  # for the step in progress and a checkpoint, after someon
 CLOSE_SECONDS = 900.0  # for the uploads of a run, as long as the server answers
 
 
-def find_dashboard(config: Config) -> Dashboard:
-    """Choose what the run reports to, by `clearml`: auto, online, offline or off.
+def find_clearml(config: Config) -> Dashboard:
+    """Choose how the run reports to ClearML, by `clearml`: auto, online, offline or off.
 
     Raises:
         ConfigError: a name that no server takes, the package is missing, or `online` finds no server that answers.
@@ -72,7 +71,6 @@ class ClearML(Dashboard):
         self.report: TaskReport | None = None  # none before the start, and where that failed
         self.finished = self.aborted = False
         self.closed = threading.Event()
-        self.best_due = 0.0
         self.showing: threading.Thread | None = None
 
     def start(self, config: Config) -> None:
@@ -181,12 +179,9 @@ class ClearML(Dashboard):
                 self.report.epoch(record)
 
     def best(self, epoch: int, confusion: Tensor) -> None:
-        """Report the confusions of the best weights so far, at most once a minute."""
-        # Early on every epoch is the best; the end sends the one that stays.
-        if self.report is not None and time.monotonic() >= self.best_due:
-            self.best_due = time.monotonic() + 60
+        if self.report is not None:
             with never_fatal("confusions are not reported"):
-                self.report.confusion("best", epoch, confusion.numpy())
+                self.report.best(epoch, confusion.numpy())
 
     def finish(self) -> None:
         self.finished = True
