@@ -23,7 +23,11 @@ def describe_file(trained: Trained, how: Mapping[str, Any], data_license: str, i
     """
     config, summary = trained.config, trained.folder.summary() or {}
     checked = f"top-1 the same as the run's model for each of {images} validation images, logits within {TOLERANCE:g}"
-    place = os.path.basename(os.path.abspath(config.data_path)) if config.dataset == "imagefolder" else config.dataset
+    place = (
+        os.path.basename(os.path.abspath(config.data_path))
+        if config.dataset in ("imagefolder", "hub")
+        else config.dataset
+    )
     return {
         "format": "1",
         "model": config.model,

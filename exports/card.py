@@ -12,7 +12,7 @@ from exports.gate import Comparison
 from exports.hub import is_of_torchvision
 from exports.options import FIGURES, Options
 from inference.trained import Trained
-from reporting.page import accuracy_table, confusions, draw, stage_table
+from reporting.page import accuracy_table, calibration, class_table, confusions, curves, draw, stage_table, verdict
 from settings.errors import printable
 
 
@@ -51,6 +51,8 @@ def render_card(
         description=json.dumps({name: value for name, value in how.items() if name != "classes"}, indent=2),
         stages=stage_table(folder.plan(), folder.metrics()),
         accuracy=accuracy_table(summary) if summary else None,
+        by_class=class_table(summary) if summary else None,
+        said=[verdict(summary), calibration(summary)] if summary else [],
     )
 
 
@@ -80,7 +82,9 @@ def figures_of(trained: Trained) -> dict[str, str]:
         for heading, drawings in drawn.items()
         for i, svg in enumerate(drawings)
     }
-    found = confusions(folder)
+    summary, found = folder.summary(), confusions(folder)
+    if summary:
+        named |= {f"{FIGURES}/curve_{i}.svg": svg for i, svg in enumerate(curves(summary, folder.assessment()))}
     return named | ({f"{FIGURES}/confusions.svg": found["figure"]} if "figure" in found else {})
 
 

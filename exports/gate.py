@@ -15,6 +15,7 @@ from tqdm import tqdm
 from exports.formats import Artifact
 from exports.preprocessing import prepare
 from images.datasets import Images
+from images.encoded import EncodedImages
 from images.workers import closing_loader, make_loader
 from inference.trained import Trained
 from settings.errors import RunError
@@ -132,5 +133,4 @@ def ask(artifact: Artifact, arrays: Sequence[NDArray]) -> NDArray:
 
 def name_of(images: Images, index: int) -> str:
     """Name an image: its file, or its number where it has none."""
-    files = getattr(images, "samples", None)
-    return f"validation image {index}" if files is None else files[index][0]
+    return images.describe(index) if isinstance(images, EncodedImages) else f"validation image {index}"

@@ -154,7 +154,8 @@ def test_what_a_file_says_of_itself_is_the_same_in_each_format(run, exported):
 def test_the_temperature_is_the_run_s_and_logits_stay(run, tmp_path, monkeypatch):
     own = shutil.copytree(run, tmp_path / "run")
     summary = json.loads((own / "summary.json").read_text())
-    (own / "summary.json").write_text(json.dumps(summary | {"calibration": {"temperature": 1.5}}))
+    fit = {"temperature": 1.5, "ece_before": 0.2, "ece_after": 0.1, "fitted_on": 5, "measured_on": 5, "bins": 15}
+    (own / "summary.json").write_text(json.dumps(summary | {"calibration": fit}))
     assert main([str(own), "--to", "safetensors"]) == 0
     place = own / "exports" / "safetensors"
     image = example(place)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from runs import make_tree, start
+from torchvision.models import GoogLeNet
 
-from inference.trained import open_run
+from inference.trained import as_trained, open_run
+from learning.models import build_model
 from settings.errors import ConfigError
 
 
@@ -59,3 +61,11 @@ def test_what_is_no_run_is_said_in_a_line(run, tmp_path):
     (tmp_path / "model_best.pth").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="not a file of weights"):
         open_run(str(tmp_path), device="cpu")
+
+
+def test_a_googlenet_from_random_weights_takes_images_as_in_its_training():
+    built = build_model("googlenet", 2, {name: value for name, value in GoogLeNet(2, False, init_weights=False).state_dict().items()})[0]  # fmt: skip
+    assert built.transform_input  # as it is built with any weights
+    assert not as_trained(built, published=False).transform_input
+    assert as_trained(built, published=True).transform_input
+    assert not hasattr(as_trained(torch.nn.Identity(), published=True), "transform_input")
