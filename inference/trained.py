@@ -135,5 +135,5 @@ def as_trained(model: nn.Module, published: bool) -> nn.Module:
     published: the run began with weights
     """
     if hasattr(model, "transform_input"):
-        model.transform_input = published
+        model.transform_input = published  # type: ignore[assignment]
     return model
