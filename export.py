@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         tell(error)
         return 2
     except KeyboardInterrupt as error:
-        tell(f"stopped: {str(error) or 'Ctrl-C'}; nothing was written")
+        tell(f"stopped: {str(error) or 'Ctrl-C'}; an export appears only when it is whole")
         return 1
     except Exception as error:
         if debug:
