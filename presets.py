@@ -14,7 +14,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
 from augment.at_once import augment_at_once
-from augment.batch import augment_by_group, draw_groups, normalise
+from augment.batch import augment_by_group, draw_groups, normalise, reduce
 from augment.draws import CROP, ERASE, ERASED, FLIP, NUM_OPS, OPS, SIGNS, Array, Boxes, crop_boxes, erase_boxes
 from augment.pixels import RandomResizedCrop, to_normalised, to_rgb
 from augment.randaugment import BINS_PER_UNIT, RandAugment
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 def train_preset(
     *,
     image_size: int,
+    augment_size: int | None = None,
     auto_augment: str | None = None,
     ra_magnitude: float | None = None,
     ra_scale: str = "torchvision",
@@ -43,16 +44,18 @@ def train_preset(
     It turns a PIL image, of any mode and perhaps not decoded yet, into a normalised float32 tensor
     (3, image_size, image_size): random resized crop, flip, policy, normalise, random erase; the reference's order.
 
+    augment_size: side of crop and policy; the result is reduced to `image_size` before it is normalised. None: no other
     use_v2: take torchvision's own transforms from `transforms.v2`; the distribution is the same
     """
     lib: Any = v2 if use_v2 else v1
     mode = InterpolationMode(interpolation)
     crop = dict(scale=crop_scale, interpolation=mode, antialias=True)
     steps: list[Any]
+    size = augment_size or image_size
     if backend == "tensor":
-        steps = [to_rgb, lib.PILToTensor(), lib.RandomResizedCrop(image_size, **crop)]
+        steps = [to_rgb, lib.PILToTensor(), lib.RandomResizedCrop(size, **crop)]
     else:
-        steps = [RandomResizedCrop(image_size, **crop)]
+        steps = [RandomResizedCrop(size, **crop)]
     if hflip_prob > 0:
         steps.append(lib.RandomHorizontalFlip(hflip_prob))
     if auto_augment == "ra":
@@ -64,6 +67,9 @@ def train_preset(
         steps.append(lib.AugMix(interpolation=mode, severity=augmix_severity))
     elif auto_augment is not None:
         steps.append(lib.AutoAugment(policy=AutoAugmentPolicy(auto_augment), interpolation=mode))
+    if size != image_size:
+        averaging = InterpolationMode.BILINEAR if mode == InterpolationMode.NEAREST else mode
+        steps.append(lib.Resize(image_size, interpolation=averaging, antialias=True))
     steps += to_normalised(lib, backend)
     if random_erase > 0:
         steps.append(lib.RandomErasing(p=random_erase))
@@ -108,8 +114,11 @@ def test_preset(config: Config, crop_size: int) -> v1.Compose:
 class BatchPreset:
     """A stage's training preset for batches, in two parts.
 
-    `boxes` and `flips` say where to crop and whether to flip, which whoever holds the pixels applies. `choose` says what
-    else there is to do, and `finish` does it, on the device.
+    `boxes` and `flips` say where to crop and whether to flip, which whoever holds the pixels applies, at `crop_size`.
+    `choose` says what else there is to do, and `finish` does it, on the device.
+
+    image_size: side of the finished images, pixels
+    crop_size: side of the crops that the policy works on, `image_size` or more
     """
 
     CHOICES = NUM_OPS + 4  # whole numbers of an image that `finish` needs
@@ -118,6 +127,7 @@ class BatchPreset:
         self,
         *,
         image_size: int,
+        augment_size: int | None = None,
         ra_magnitude: float | None = None,
         ra_scale: str = "torchvision",
         random_erase: float = 0.0,
@@ -125,6 +135,7 @@ class BatchPreset:
         hflip_prob: float = 0.5,
     ):
         self.image_size = image_size
+        self.crop_size = augment_size or image_size
         self.level = None if ra_magnitude is None else ra_magnitude * BINS_PER_UNIT[ra_scale]
         self.random_erase = random_erase
         self.crop_scale = crop_scale
@@ -153,7 +164,7 @@ class BatchPreset:
     def finish(
         self, images: Tensor, choices: Tensor, memory_format: torch.memory_format = torch.contiguous_format
     ) -> Tensor:
-        """Apply policy, normalise and erase: uint8 (N, 3, S, S) to float32.
+        """Apply policy, reduce, normalise and erase: uint8 (N, 3, crop_size, crop_size) to float32 (N, 3, S, S).
 
         On CUDA nothing here waits for the device, and kernels and shapes are the same for every batch of N images.
 
@@ -165,6 +176,8 @@ class BatchPreset:
                 images = augment_at_once(images, groups, self.level)
             else:
                 images = augment_by_group(images, groups.numpy(), self.level)
+        if self.crop_size != self.image_size:
+            images = reduce(images, self.image_size)
         out = normalise(images, memory_format)
         if self.random_erase > 0:
             place = torch.arange(self.image_size, device=images.device)
@@ -208,6 +221,7 @@ def stage_preset(config: Config, stage: "Stage", on_device: bool) -> v1.Compose 
         return finetune_preset(config, stage.image_size, on_device)
     shared: dict[str, Any] = dict(
         image_size=stage.image_size,
+        augment_size=config.augment_size,
         ra_magnitude=stage.ra_magnitude,
         ra_scale=config.ra_scale,
         random_erase=stage.random_erase,

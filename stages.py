@@ -8,13 +8,14 @@ on the model that trains; optimizer, schedule, EMA and the count of epochs are n
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from learning.cost import gflops_per_image
 from learning.models import build_on_meta, set_dropout, set_stochastic_depth, tuned_layers
+from settings.errors import ConfigError
 from settings.table import SCHEDULES, Config
 
 if TYPE_CHECKING:
@@ -101,16 +102,50 @@ def spread(values: Sequence[float], num_stages: int) -> list[float]:
     return [stage_value(first, last, i, num_stages) for i in range(num_stages)]
 
 
-def stage_epochs(config: Config) -> list[range]:
+def equal_compute(epochs: int, sizes: Sequence[int]) -> list[int]:
+    """Compute the passes of stages that share the compute of `epochs` passes at the last size equally.
+
+    Compute is counted by area: a stage of half the last size sees the images four times as often. Passes are rounded, to 1
+    at least. Where they would miss `epochs` by more than half a pass at the last size, those that lie nearest to a half are
+    rounded the other way until they do not.
+
+    equal_compute(12, [64, 96, 128]) == [16, 7, 4]: of 16, 7.1 and 4.
+
+    sizes: of the stages, pixels
+
+    Source: arXiv:2405.08768 (EfficientTrain++), which counts compute by area too.
+    """
+    areas = [(size / sizes[-1]) ** 2 for size in sizes]
+    exact = [epochs / len(sizes) / area for area in areas]
+    passes = [max(1, round(value)) for value in exact]
+    while abs(missed := epochs - sum(count * area for count, area in zip(passes, areas))) > 0.5:
+        step = 1 if missed > 0 else -1
+        away = {
+            i: abs(count + step - exact[i])
+            for i, count in enumerate(passes)
+            if count + step >= 1 and abs(missed - step * areas[i]) < abs(missed)
+        }
+        if not away or min(away.values()) >= 1:
+            break
+        passes[min(away, key=lambda i: away[i])] += step
+    return passes
+
+
+def stage_epochs(config: Config, sizes: Sequence[int]) -> list[range]:
     """Divide the epochs among the stages.
 
-    By `stage_epochs` if set, else N // M each, the remainder spread evenly (350 epochs in 4 stages: 87, 88, 87, 88).
+    By `stage_epochs` if set, or by `equal_compute`; else N // M each, the remainder spread evenly (350 epochs in 4 stages:
+    87, 88, 87, 88).
+
+    sizes: of the stages, pixels
     """
     num_stages, num_epochs = config.stages, config.epochs
-    if config.stage_epochs is None:
-        bounds = [i * num_epochs // num_stages for i in range(num_stages + 1)]
+    if config.stage_epochs is not None:
+        bounds = [0, *accumulate(config.stage_epochs)]
+    elif config.stage_rule == "compute":
+        bounds = [0, *accumulate(equal_compute(num_epochs, sizes))]
     else:
-        bounds = [sum(config.stage_epochs[:i]) for i in range(num_stages + 1)]
+        bounds = [i * num_epochs // num_stages for i in range(num_stages + 1)]
     return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
@@ -131,7 +166,7 @@ def plan_stages(config: Config) -> list[Stage]:
     columns["image_size"] = [size // multiple * multiple for size in columns["image_size"]]
     stages = [
         Stage(index=i, epochs=epochs, **{name: column[i] for name, column in columns.items()})
-        for i, epochs in enumerate(stage_epochs(config))
+        for i, epochs in enumerate(stage_epochs(config, columns["image_size"]))
     ]
     return [*stages, finetune_stage(config, stages[-1])] if config.finetune_epochs else stages
 
@@ -146,7 +181,7 @@ def finetune_stage(config: Config, last: Stage) -> Stage:
     return replace(
         last,
         index=last.index + 1,
-        epochs=range(config.epochs, config.total_epochs),
+        epochs=range(last.epochs.stop, last.epochs.stop + config.finetune_epochs),
         image_size=config.finetune_size or config.val_crop_size,
         ra_magnitude=None,
         mixup_alpha=0.0,
@@ -177,22 +212,51 @@ class Plan:
     """The stages of a run, and what they cost.
 
     gflops_per_image: billions of multiply-adds of one image's forward pass, in each stage
+    full_epochs: epochs at the last size whose compute the stages share, by stage_rule compute; else None
     """
 
     stages: Sequence[Stage]
     gflops_per_image: Sequence[float]
+    full_epochs: int | None = None
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the run trains, fine-tuning included; by stage_rule compute they are more than its setting `epochs`."""
+        return self.stages[-1].epochs.stop
+
+    @property
+    def compared_with(self) -> int:
+        """Epochs at the last size that costs are told against: `full_epochs`, else as many as the stages have."""
+        return self.full_epochs or self.last.epochs.stop
 
     @property
     def relative_cost(self) -> float:
-        """Arithmetic of the run over that of as many epochs at the last stage's size, fine-tuning left out of both."""
+        """Arithmetic of the run over that of `compared_with` epochs at the last stage's size, fine-tuning left out of both."""
         trained = [(len(stage.epochs), gflops) for stage, gflops in zip(self.stages, self.gflops_per_image) if not stage.finetune]  # fmt: skip
         spent = sum(epochs * gflops for epochs, gflops in trained)
-        return spent / (sum(epochs for epochs, _ in trained) * trained[-1][1])
+        return spent / (self.compared_with * trained[-1][1])
 
     @property
     def last(self) -> Stage:
         """The last stage that trains all of the model."""
         return [stage for stage in self.stages if not stage.finetune][-1]
+
+    def evaluates(self, epoch: int, eval_every: int) -> bool:
+        """Check whether an epoch ends with an evaluation: every `eval_every`-th, the last, and the last before fine-tuning."""
+        return (epoch + 1) % eval_every == 0 or epoch + 1 in (self.last.epochs.stop, self.num_epochs)
+
+    def full_passes(self, costs: Sequence[float]) -> list[float]:
+        """Compute what each stage but fine-tuning comes to in passes at the last size.
+
+        costs: of an image in each stage, in any unit
+        """
+        trained = self.stages[: self.last.index + 1]
+        return [len(stage.epochs) * cost / costs[self.last.index] for stage, cost in zip(trained, costs)]
+
+    @property
+    def areas(self) -> list[float]:
+        """The pixels of an image in each stage, which stages of equal compute are cut by."""
+        return [float(stage.image_size**2) for stage in self.stages]
 
     def stage_of(self, epoch: int) -> Stage:
         """Find the stage that an epoch belongs to."""
@@ -210,7 +274,8 @@ class Plan:
             | {"gflops_per_image": gflops, "finetune": stage.finetune}
             for stage, gflops in zip(self.stages, self.gflops_per_image)
         ]
-        return {"stages": rows, "relative_cost": self.relative_cost}
+        compared = {} if self.full_epochs is None else {"full_epochs": self.full_epochs}
+        return {"stages": rows, "relative_cost": self.relative_cost, **compared}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Plan":
@@ -224,16 +289,25 @@ class Plan:
             )
             for row in content["stages"]
         ]
-        return cls(stages, [row["gflops_per_image"] for row in content["stages"]])
+        return cls(stages, [row["gflops_per_image"] for row in content["stages"]], content.get("full_epochs"))
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Format headings and rows as text; epochs are counted from 1."""
+        """Format headings and rows as text; epochs are counted from 1.
+
+        Of stages of equal compute two columns more tell it, in passes at the last size: by area, and by multiply-adds.
+        """
         rows = []
         for stage, gflops in zip(self.stages, self.gflops_per_image):
             shown = [schedule.show(getattr(stage, name)) for name, schedule in COLUMNS.items()]
             epochs = f"{stage.epochs.start + 1}-{stage.epochs.stop}"
             rows.append([f"{stage.index}{' finetune' * stage.finetune}", epochs, *shown, f"{gflops:.4g}"])
-        return ["stage", "epochs", *(schedule.heading for schedule in COLUMNS.values()), "GFLOPs/image"], rows
+        heads = ["stage", "epochs", *(schedule.heading for schedule in COLUMNS.values()), "GFLOPs/image"]
+        if self.full_epochs is not None:
+            for head, costs in (("full passes", self.areas), ("by GFLOPs", self.gflops_per_image)):
+                heads.append(head)
+                cells = [f"{passes:.4g}" for passes in self.full_passes(costs)]
+                rows = [[*row, cell] for row, cell in zip_longest(rows, cells, fillvalue="")]
+        return heads, rows
 
     def __str__(self) -> str:
         """Format the plan as a table for a terminal."""
@@ -241,9 +315,10 @@ class Plan:
         widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [heads, *rows]]
         last = self.last
-        lines.append(
-            f"cost: {self.relative_cost:.3f} of {last.epochs.stop} epochs at {last.image_size} px throughout, in multiply-adds"
-        )
+        cost = f"cost: {self.relative_cost:.3f} of {self.compared_with} epochs at {last.image_size} px throughout"
+        lines.append(f"{cost}, in multiply-adds")
+        if self.full_epochs is not None:
+            lines[-1] += f" ({sum(self.full_passes(self.areas)) / self.full_epochs:.3f} by area)"
         if last != self.stages[-1]:
             lines[-1] += (
                 f"; without {len(self.stages[-1].epochs)} epochs of fine-tuning, which take the forward pass alone"
@@ -256,14 +331,24 @@ def make_plan(config: Config) -> Plan:
 
     Raises:
         ConfigError: the model cannot take an image size, has nothing that a drop rate could act on, or no classifier
-            that could be trained alone.
+            that could be trained alone; start_epoch is beyond the last stage.
     """
     stages = plan_stages(config)
     model = build_on_meta(config.model)
     if stages[-1].finetune:
         tuned_layers(model)
     set_drop_rates(model, stages[0])  # all stages set the same ones
-    return Plan(stages, gflops_per_image(model, [stage.image_size for stage in stages]))
+    plan = plan_of(config, stages, gflops_per_image(model, [stage.image_size for stage in stages]))
+    if config.start_epoch >= plan.last.epochs.stop:
+        raise ConfigError(
+            f"start_epoch {config.start_epoch} is not below the {plan.last.epochs.stop} epochs of the stages"
+        )
+    return plan
+
+
+def plan_of(config: Config, stages: Sequence[Stage], gflops: Sequence[float]) -> Plan:
+    """Make the plan of stages whose costs are known, billions of multiply-adds per image."""
+    return Plan(stages, gflops, config.epochs if config.stage_rule == "compute" else None)
 
 
 def set_drop_rates(model: nn.Module, stage: Stage) -> None:

@@ -23,7 +23,7 @@ import os
 import shlex
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -40,9 +40,10 @@ from images.store_place import with_store
 from images.workers import closing_loader
 from learning.balance import find_class_weights, tell_class_weights
 from learning.faults import one_line
+from learning.fit import check_decoding, fit
 from learning.learner import Learner, build_learner
 from learning.models import check_model
-from learning.optim import learning_rate_schedule, set_learning_rate
+from learning.optim import LearningRate, set_learning_rate
 from learning.rehearse import rehearse
 from learning.resume import check_data, check_store, find_checkpoint
 from learning.scores import Score, TrainingLoss, keep_outputs
@@ -55,7 +56,7 @@ from reporting.progress import Progress
 from settings.errors import ConfigError, first_line, tell
 from settings.resolve import doubts
 from settings.table import Config
-from stages import Plan, StageScheduler, make_plan
+from stages import Plan, StageScheduler, make_plan, plan_of, plan_stages
 from tracking.dashboard import find_dashboard
 from tracking.deadline import exit_now
 from tracking.settings import find_settings
@@ -71,17 +72,18 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
     runtime = start_runtime(config)
     # What auto comes to here is written down, so that a resume keeps to it, on another machine too.
     config = replace(config, augment_on=augment_on(config, runtime), amp_dtype=runtime.precision or config.amp_dtype)
-    for doubt in doubts(config):
-        runtime.say(f"warning: {doubt}")
     stop = at_end.enter_context(Stop(runtime, config.time_budget, patient=False))
     dashboard.ask_to_stop = stop.ask
     plan = make_plan(config)
+    learning_rate = LearningRate(config, plan.stages)
+    for doubt in doubts(config, learning_rate.span):
+        runtime.say(f"warning: {doubt}")
     folder = check_folder(config)
     if not config.test_only:
         at_end.enter_context(folder.used_alone(runtime))
-    checkpoint = find_checkpoint(config, runtime, folder.checkpoint)
+    checkpoint = find_checkpoint(config, runtime, folder.checkpoint, plan.num_epochs)
     if checkpoint is not None and config.resume == "auto" and not config.test_only:
-        folder.mend_best(checkpoint, config, runtime)
+        folder.mend_best(checkpoint, plan.num_epochs, runtime)
         stop.resumable = True
     check_folders(config)  # before weights are fetched
     weights = read_weights(config.model, config.weights) if config.weights else None
@@ -95,27 +97,35 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
         check_data(checkpoint, data)
         state = learner.restore(checkpoint, to_train=not config.test_only)
     runtime.say(f"{loaded}\n{data}\n{runtime}")
-    if class_weights is not None:
-        runtime.say(tell_class_weights(class_weights, data.classes))
     if config.test_only:
         return test(config, data, learner)
+    if class_weights is not None:
+        runtime.say(tell_class_weights(class_weights, data.classes))
 
     # One step and a few images of every stage to come: what does not fit or cannot be read shows now, not in hours
     ahead = plan.ahead(state.epoch)
     reserved = rehearse(ahead, learner, len(data.train))
+    fitting = config.fit_time is not None and checkpoint is None
+    if fitting:
+        check_decoding(config, data, runtime)
     data = with_store(config, data, runtime, reserved)  # decoded once; on the GPU if training leaves it room
     if config.decode_cache == "auto":
         config = replace(config, decode_cache=data.store_folder or "off")
     if checkpoint is not None:
         check_store(checkpoint, config, data)
     make_loader = partial(train_loader, config, data, runtime)
+    forecast = None
+    if fitting:  # the epochs that a time affords, from steps and an evaluation that are timed and undone
+        scheduler = StageScheduler(make_loader, learner.copies.values())
+        config, forecast = fit(config, data, learner, ahead, scheduler, train_one_epoch, evaluate)
+        plan = plan_of(config, plan_stages(config), plan.gflops_per_image)
+        ahead, learning_rate = plan.ahead(0), LearningRate(config, plan.stages)
     samples = {stage.index: sample_grid(make_loader(stage), stage.epochs.start) for stage in ahead}
     log = RunLog()
     if runtime.is_main:
-        log = FolderLog(folder, config, plan, data, samples, state.epoch, dashboard, checkpoint)
+        log = FolderLog(folder, config, plan, data, samples, state.epoch, dashboard, checkpoint, forecast)
     at_end.enter_context(log)
-    runtime.say(str(plan))
-    learning_rate = learning_rate_schedule(config)
+    runtime.say(f"{plan}\n{forecast}" if forecast else str(plan))
     val_loader = eval_loader(config, data, runtime, config.val_crop_size)
     known: dict[str, Score] = {}  # at test size: of the weights as they are, and of the best
 
@@ -129,10 +139,12 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
                 learner.unify(state.best_weights)  # what is fine-tuned is the better of the model and its average
             learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes, stage.finetune)
             for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):
-                progress = Progress(stage, epoch, config, state.step, len(loader), show=runtime.is_main)
+                progress = Progress(
+                    stage, epoch, plan.num_epochs, config.print_freq, state.step, len(loader), show=runtime.is_main
+                )
                 finished = train_one_epoch(learner, loader, state, learning_rate, progress, stop)
                 scores: dict[str, Score] = {}
-                if finished and config.evaluates(epoch):
+                if finished and plan.evaluates(epoch, config.eval_every):
                     scores = evaluate(learner.copies, val_loader, learner.criterion, runtime, stop)
                     finished = bool(scores)  # else asked to stop: evaluated when the run goes on
                 if finished:
@@ -144,7 +156,7 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
                         log.save_best(learner, state, known["best"])
                     keep_outputs(known, of="best")
                     state.next_epoch()
-                stopping = not finished or (stop() and (stop.asked or state.epoch < config.total_epochs))
+                stopping = not finished or (stop() and (stop.asked or state.epoch < plan.num_epochs))
                 log.save_checkpoint(learner, state, data, always=stopping or state.epoch == stage.epochs.stop)
                 stop.resumable = stop.resumable or log.saved
                 if stopping:
@@ -161,19 +173,15 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
         "last_training_size": plan.stages[-1].image_size,
         "test_size": config.val_crop_size,
     }
-    closing = evaluate_outcome(config, data, learner, state, log, known, set(sizes.values()))
+    last_is_best = state.best_epoch == plan.num_epochs - 1
+    closing = evaluate_outcome(config, data, learner, state, log, known, set(sizes.values()), last_is_best)
     log.finish(state, learner, sizes, closing)
     runtime.barrier()  # they leave together: one that is gone early may leave another waiting for it (torch 2.6)
     return 0
 
 
 def train_one_epoch(
-    learner: Learner,
-    loader: TrainLoader,
-    state: RunState,
-    learning_rate: Callable[[float], float],
-    progress: Progress,
-    stop: Stop,
+    learner: Learner, loader: TrainLoader, state: RunState, learning_rate: LearningRate, progress: Progress, stop: Stop
 ) -> bool:
     """Train what is left of an epoch, from `state.step` on; return False if asked to stop before its end.
 
@@ -186,7 +194,7 @@ def train_one_epoch(
     losses = TrainingLoss(state, runtime, progress.title)
     set_learning_rate(learner.optimizer, learning_rate(state.epoch + max(state.step - 1, 0) / len(loader)))
     if ema is not None:
-        ema.begin_epoch(state.epoch, loader.images_per_step)
+        ema.begin_epoch(loader.images_per_step, learning_rate.num_epochs, learning_rate.warming_up(state.epoch))
     learner.train()
     started, cpu_before, asked_to_stop = time.perf_counter(), cpu_seconds(), False
     for step, images, targets in stop.while_they_come(loader.epoch(state.epoch, state.step)):
@@ -250,6 +258,7 @@ def evaluate_outcome(
     log: RunLog,
     known: Mapping[str, Score],
     sizes: set[int],
+    last_is_best: bool,
 ) -> dict[int, dict[str, Score]]:
     """Evaluate the final copies and the best weights at each of `sizes`.
 
@@ -258,7 +267,6 @@ def evaluate_outcome(
     Returns: scores by size and by copy ("model", "ema", "best").
     """
     runtime = learner.runtime
-    last_is_best = state.best_epoch == config.total_epochs - 1
     copies = learner.copies
     if not last_is_best and ("best" not in known or sizes != {config.val_crop_size}):
         copies["best"] = share_weights(log.best_weights(), learner.model, runtime)

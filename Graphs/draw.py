@@ -50,8 +50,10 @@ def main(arguments: Sequence[str]) -> None:
         return
     from Graphs.figure import write_library, write_text  # a report needs none of what draws them
     from Graphs.figures import all_figures
+    from Graphs.sizes import write
 
     write_library(FOLDER)
+    write()
     draw_all(all_figures(RESULTS), FOLDER)
     for page in PAGES:
         write_text(os.path.join(ROOT, page), with_results(page))

@@ -50,7 +50,7 @@ class ScheduleFigure(Figure):
         config = self.settings()
         plan = make_plan(config)
         subtitle = (
-            f"{config.model} on {config.dataset}: {config.epochs} epochs in {len(plan.stages)} stages, "
+            f"{config.model} on {config.dataset}: {plan.num_epochs} epochs in {len(plan.stages)} stages, "
             f"{plan.relative_cost:.2f} of their arithmetic at {plan.stages[-1].image_size} px throughout"
         )
         note = [f"the plan of {self.config}", "scikit-learn's photos, as the stages' training presets give them"]

@@ -138,8 +138,11 @@ def accuracy_over_time(rows: Sequence[Row]) -> alt.LayerChart:
         {"condition": row["condition"], "seed": row["seed"], "x": spent(row), "top1": measure(row)} for row in rows
     ]
     averages = means(rows, lambda some: plain.fmean(map(spent, some)))
-    longest = 1.05 * max(point["x"] for point in points)
-    x = alt.X("x:Q", title=f"training, {unit}", scale=alt.Scale(domain=[0, longest], nice=False), axis=COARSE)
+    times = [point["x"] for point in points]
+    # From 0, that times can be compared; those that were meant to be equal are seen from near.
+    shortest = 0.0 if min(times) < 0.8 * max(times) else 0.95 * min(times)
+    scale = alt.Scale(domain=[shortest, 1.05 * max(times)], nice=False)
+    x = alt.X("x:Q", title=f"training, {unit}", scale=scale, axis=COARSE)
     y = alt.Y("top1:Q", title=MEASURE, scale=alt.Scale(zero=False))
     dots = alt.Chart(data(points)).mark_circle(size=45, opacity=0.5).encode(
         x, y, colour(names), tooltip=["condition:N", "seed:Q", number("x", unit, ".1f"), number("top1", MEASURE)]
@@ -353,6 +356,7 @@ SCHEDULES_COMPARED = (
 KINDS: dict[str, tuple[Kind, ...]] = {
     "reproduce": SCHEDULES_COMPARED,
     "staged_192px": SCHEDULES_COMPARED,
+    "schedules": (*SCHEDULES_COMPARED[:1], EVERY_SEED),
     "epochs": (EVERY_SEED, Kind("time", "Accuracy against training time", accuracy_over_time), PARALLEL),
     "dropout": (EVERY_SEED, PARALLEL),
     "image_size": (EVERY_SEED, PARALLEL),

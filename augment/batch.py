@@ -120,6 +120,16 @@ def crop_batch(flat: Tensor, rows: Tensor, extent: Sequence[int], size: int) -> 
     return torch.cat(parts)
 
 
+def reduce(images: Tensor, size: int) -> Tensor:
+    """Reduce square images of grey levels with antialiasing, bilinearly: (N, 3, S, S) to (N, 3, size, size).
+
+    Returns: uint8; of a GPU, which reduces no whole numbers, float32 of whole numbers.
+    """
+    if images.is_cuda:
+        return interpolate(images.float(), (size, size), mode="bilinear", antialias=True).round_()
+    return interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
 def to_device(values: NDArray, device: torch.device) -> Tensor:
     """Copy an array to a device; the processor does not wait for a copy to CUDA, out of pinned memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))

@@ -32,7 +32,7 @@ from images.loaders import train_loader
 from images.store_place import with_store
 from learning.learner import build_learner
 from learning.models import build_on_meta
-from learning.optim import learning_rate_schedule
+from learning.optim import LearningRate
 from learning.rehearse import is_out_of_memory
 from learning.state import RunState
 from learning.stop import Stop
@@ -250,11 +250,11 @@ def profiled(setup: Setup, eager: bool) -> Iterator[common.Measures]:
     learner.enter_stage(stage.image_size, loader.batch_sizes)
     lot = max(1, min(setup.profiled_steps, len(loader) // 3))
     state, stop = RunState(), StopAt(runtime)
-    progress = Progress(stage, 0, config, 0, len(loader), show=False)
+    progress = Progress(stage, 0, stage.epochs.stop, config.print_freq, 0, len(loader), show=False)
 
     def train_to(last: int) -> None:
         stop.step = last
-        train_one_epoch(learner, loader, state, learning_rate_schedule(config), progress, stop)
+        train_one_epoch(learner, loader, state, LearningRate(config, [stage]), progress, stop)
         runtime.synchronize()
 
     try:

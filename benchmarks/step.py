@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from learning.learner import Learner, build_learner
-from learning.optim import learning_rate_schedule
+from learning.optim import LearningRate
 from learning.state import RunState
 from learning.stop import Stop
 from reporting import records
@@ -71,8 +71,8 @@ def train_epoch(config: Config, stage: Stage, learner: Learner, batches: Any) ->
     batches: gives what a `TrainLoader` gives
     """
     state = RunState(epoch=stage.epochs.start)
-    progress = Progress(stage, state.epoch, config, 0, len(batches), show=False)
-    train_one_epoch(learner, batches, state, learning_rate_schedule(config), progress, Stop(learner.runtime))
+    progress = Progress(stage, state.epoch, stage.epochs.stop, config.print_freq, 0, len(batches), show=False)
+    train_one_epoch(learner, batches, state, LearningRate(config, [stage]), progress, Stop(learner.runtime))
     return state
 
 

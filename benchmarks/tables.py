@@ -58,6 +58,14 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
         ("images", ".data", "{}"), ("sizes, px", ".image_size", "{}"), ("epochs", ".epochs", "{}"), ("way", "way", "{}"), ("training, s", "train_seconds", "{:.0f}"),
         ("relative cost", "relative_cost", "{:.3f}"), ("time ratio", "time_ratio", "{:.3f}"), ("over relative cost", "times_relative_cost", "{:.3f}"),
     )),
+    "prediction": ("prediction", ("evaluate", "predict"), (
+        ("images", ".data", "{}"), ("model", "model", "{}"), ("size, px", "image_size", "{}"), ("way", "way", "{}"),
+        ("images/s", "images_per_second", "{:,.1f}"), ("times evaluation", "times_evaluate", "{:.2f}"),
+    )),
+    "prediction_memory": ("prediction", ("memory", "memory-tenfold"), (
+        ("model", "model", "{}"), ("size, px", "image_size", "{}"), ("images", "images", "{:,}"), ("damaged", "damaged", "{:,}"),
+        ("every one a row", "every_one_a_row", "{}"), ("most memory, GiB", "peak_rss_gib", "{:.2f}"), ("times that for a tenth", "times_fewer", "{:.2f}"),
+    )),
     "gpu_ceilings": ("gpu", ("bfloat16 product", "memory, read and written", "upload from pinned memory", "launch of a kernel", "a kernel in a CUDA graph"), (
         ("of", "way", "{}"), ("TFLOP/s", "tflops", "{:,.0f}"), ("GB/s", "gb_per_second", "{:,.0f}"), ("µs", "microseconds", "{:.2f}"),
     )),

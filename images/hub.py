@@ -55,6 +55,8 @@ def load_hub(config: Config, runtime: Runtime) -> tuple["HubImages", "HubImages"
     names = [config.train_split, config.val_split]
     if config.val_split == DEFAULTS["val_split"] and config.val_split not in there:
         names[1] = next((name for name in OTHER_NAMES if name in there), config.val_split)
+    if names[0] == names[1]:  # no error, as with folders
+        runtime.say(f"warning: training and validation images are one split, {names[0]}; accuracy will say nothing new")
     tables = [open_split(config, builder, name) for name in names]
     image, label = find_columns(config, tables[0].features)
     classes = class_names(tables[0], label)

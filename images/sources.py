@@ -45,8 +45,8 @@ class DrawnImages(Dataset):
 class CroppedImages(Dataset):
     """Batches of images, cropped, resized and flipped as a batch preset draws; the rest is left to the device.
 
-    A batch is uint8 (N, 3, S, S), channels last in memory, as crops come; class numbers (N,); and what is left to do
-    (`BatchPreset.choose`).
+    A batch is uint8 (N, 3, S, S) at the preset's crop_size, channels last in memory, as crops come; class numbers (N,);
+    and what is left to do (`BatchPreset.choose`).
     """
 
     def __init__(self, images: Images, preset: BatchPreset, seed: int):
@@ -59,7 +59,7 @@ class CroppedImages(Dataset):
 
     def __getitems__(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
         """Load the batch of the samples with these keys."""
-        size = self.preset.image_size
+        size = self.preset.crop_size
         numbers = uniforms(self.seed, draws)
         indices = [index for _, index, _ in draws]
         if isinstance(self.images, StoredImages):
@@ -77,7 +77,7 @@ class CroppedImages(Dataset):
     def from_store(self, images: StoredImages, indices: list[int], numbers: Array) -> Iterator[tuple[Tensor, int]]:
         """Yield the crop (3, S, S) and the class number of each of `indices`, out of the store."""
         rows = images.index[indices]
-        size = self.preset.image_size
+        size = self.preset.crop_size
         *places, boxes = images.for_crops(rows, self.preset.boxes(numbers, rows["height"], rows["width"]), size)
         for index, place, box in zip(indices, zip(*(part.tolist() for part in places)), boxes.tolist()):
             yield crop_tensor(images.view(place), box, size), images.targets[index]
@@ -89,7 +89,7 @@ class CroppedImages(Dataset):
         """
         with opened(self.images, index) as (image, target):
             (box,) = self.preset.boxes(numbers, np.array([image.height]), np.array([image.width])).tolist()
-            crop = crop_pil(image, box, self.preset.image_size, InterpolationMode.BILINEAR)
+            crop = crop_pil(image, box, self.preset.crop_size, InterpolationMode.BILINEAR)
             return torch.from_numpy(np.array(crop)).permute(2, 0, 1), target
 
 
@@ -255,7 +255,7 @@ class ResidentOnDevice(Source):
         targets = np.array([store.targets[index] for index in indices])
         numbers = uniforms(self.seed, loaded)
         boxes = self.preset.boxes(numbers, rows["height"], rows["width"])
-        offsets, _, widths, boxes = store.for_crops(rows, boxes, self.preset.image_size)
+        offsets, _, widths, boxes = store.for_crops(rows, boxes, self.preset.crop_size)
         return augment_whole(store.resident, offsets // 3, widths, boxes, targets, self.preset, numbers, self.runtime)
 
     def samples(self, draws: Sequence[Draw]) -> Tensor:
@@ -285,7 +285,7 @@ def augment_whole(
     rows = crop_rows(starts, widths, boxes, preset.flips(draws))
     packed = to_device(np.column_stack([rows, preset.choose(draws), targets]), flat.device)
     crops, choices, classes = packed.split([rows.shape[1], preset.CHOICES, 1], dim=1)
-    images = crop_batch(flat, crops, boxes[:, 2:].max(axis=0).tolist(), preset.image_size)
+    images = crop_batch(flat, crops, boxes[:, 2:].max(axis=0).tolist(), preset.crop_size)
     return preset.finish(images, choices, runtime.memory_format), classes.flatten()
 
 

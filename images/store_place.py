@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 from images.datasets import Data
 from images.encoded import EncodedImages
 from images.store import HEADER, StoredImages, held, open_store
-from images.store_build import NoRoom, build, estimate, origin, store_key, store_name
+from images.store_build import NoRoom, build, decode, estimate, origin, store_key, store_name
+from images.workers import processes_for
 from settings.errors import ConfigError, first_line, printable
 from settings.table import Config
 from utils import Runtime
@@ -36,14 +37,15 @@ LOCK = ".lock"  # held by whoever builds in the folder
 def store_side(config: Config) -> int:
     """Compute the short side of stored images, pixels.
 
-    It is twice the largest training crop, or what evaluation and fine-tuning resize to, if that is more. Smaller images stay as they
-    are. `docs/performance.md` derives what this costs: nothing for images up to this size, detail in the tightest crops
-    of larger ones.
+    It is twice the largest training crop (`augment_size`, if that is set), or what evaluation and fine-tuning resize to, if
+    that is more. Smaller images stay as they are. `docs/performance.md` derives what this costs: nothing for images up to
+    this size, detail in the tightest crops of larger ones.
     """
     largest = int(max(config.train_crop_size))
     evaluated = (
         max(largest, config.val_crop_size, config.finetune_size or 0) * config.val_resize_size / config.val_crop_size
     )
+    largest = config.augment_size or largest
     return max(2 * largest, math.ceil(evaluated))
 
 
@@ -53,7 +55,9 @@ def store_halves(config: Config) -> bool:
     Those are crops of twice its size, more than half of them in images three times as large as it. Only batches
     (augment_on device) are cropped out of it.
     """
-    return config.augment_on == "device" and store_side(config) >= 3 * min(config.train_crop_size)
+    return config.augment_on == "device" and store_side(config) >= 3 * (
+        config.augment_size or min(config.train_crop_size)
+    )
 
 
 @contextmanager
@@ -247,6 +251,26 @@ def discard_empty(folder: str) -> None:
 def human(size: float) -> str:
     """Format a number of bytes in GiB or MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def building_seconds(config: Config, data: Data) -> float:
+    """Estimate how long `with_store` will decode, from a few images of each set that has no store yet."""
+    if config.decode_cache == "off" or not (
+        isinstance(data.train, EncodedImages) and isinstance(data.val, EncodedImages)
+    ):
+        return 0.0
+    sets, side, total = [data.train, data.val], store_side(config), 0.0
+    folders = candidates(config, [images.root for images in sets])
+    for images, half in zip(sets, (store_halves(config), False)):
+        name = store_name(images, side, half, store_key(images, side, half))
+        if not any(os.path.exists(os.path.join(folder, name)) for folder in folders):
+            chosen = range(0, len(images), max(1, len(images) // 20))
+            started = time.perf_counter()
+            for index in chosen:
+                decode(images, index, side)
+            each = (time.perf_counter() - started) / len(chosen)
+            total += each * len(images) / max(1, processes_for(len(images)))
+    return total
 
 
 def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) -> Data:

@@ -199,13 +199,18 @@ def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any)
     )
 
 
+def processes_for(count: int) -> int:
+    """Choose how many processes make `count` items on all cores; 0: this one does."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, count // 100)
+
+
 def loader_on_all_cores(dataset: Any) -> DataLoader:
     """Build a loader of every item of `dataset` in order, in lists of up to 32, made by as many processes as cores.
 
     A few items are made here: they would be done before a process has started.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, len(dataset) // 100)
+    workers = processes_for(len(dataset))
     return Loader(
         dataset,
         max(1, min(32, len(dataset))),

@@ -11,7 +11,7 @@ from learning.learner import build_model_of
 from learning.models import check_name
 from learning.weights import read_weights
 from presets import test_preset
-from reporting.folder import BEST, CHECKPOINT, RunFolder
+from reporting.folder import BEST, CHECKPOINT, PLAN, RunFolder
 from settings.errors import ConfigError, first_line
 from settings.resolve import RUN_SETTINGS, resolve
 from settings.table import CLEARML, LAUNCH, Config
@@ -33,7 +33,7 @@ class Trained:
     image_size: side of the images that it takes, pixels; the run's test size unless asked otherwise
     weights: which they are, for people: `best weights of epoch 7`
     finished: the run was; else `weights` are those so far
-    temperature: what logits are divided by before softmax, for probabilities that mean what they say
+    temperature: what logits are divided by before softmax, for probabilities that mean what they say; 1 of last weights
     """
 
     folder: RunFolder
@@ -90,9 +90,15 @@ def open_run(
     if amp:
         config = replace(config, amp=True, amp_dtype=values.get("amp_dtype", "auto"))
     summary = folder.summary()
+    fit = (summary or {}).get("calibration") or {}  # none in older runs, and where outputs were not kept
     runtime = start_runtime(config)
     state, which = weights_of(folder, config, weights)
     model, _ = build_model_of(config, len(classes), state, runtime)
+    for name, value in model.state_dict().items():
+        if state[name].shape != value.shape:  # which training takes for a head to be made anew
+            raise ConfigError(
+                f"{path}: its weights have {len(state[name])} outputs ({name}), its {PLAN} names {len(classes)} classes"
+            )
     return Trained(
         folder=folder,
         config=config,
@@ -102,7 +108,8 @@ def open_run(
         image_size=image_size or config.val_crop_size,
         weights=which,
         finished=summary is not None,
-        temperature=float(((summary or {}).get("calibration") or {}).get("temperature") or 1.0),
+        # Fitted for the best weights; the last ones may be surer of themselves, or less
+        temperature=float(fit.get("temperature", 1.0)) if which.startswith("best") else 1.0,
     )
 
 

@@ -21,22 +21,22 @@ class EMA:
     def __init__(self, model: nn.Module, config: Config):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.steps = config.model_ema_steps
-        self.config = config
+        self.given_decay = config.model_ema_decay
         self.num_updates = 0
-        self.decay = config.model_ema_decay
+        self.decay = self.given_decay
         self.restart = False
         # Ours and the model's tensors, in the same order: floating-point ones, and counters of batches.
         self.averaged: tuple[list[Tensor], list[Tensor]] = [], []
         self.copied: tuple[list[Tensor], list[Tensor]] = [], []
 
-    def begin_epoch(self, epoch: int, images_per_step: int) -> None:
-        """Set the decay for the steps of `epoch`.
+    def begin_epoch(self, images_per_step: int, num_epochs: int, warming_up: bool) -> None:
+        """Set the decay for the steps of an epoch.
 
-        In warm-up every update copies the weights instead, so that the average forgets those of the warm-up.
+        num_epochs: that the run trains
+        warming_up: every update copies the weights, so that the average forgets those of the warm-up
         """
-        config = self.config
-        self.decay = ema_decay(config.model_ema_decay, images_per_step, config.model_ema_steps, config.epochs)
-        self.restart = epoch < config.lr_warmup_epochs
+        self.decay = ema_decay(self.given_decay, images_per_step, self.steps, num_epochs)
+        self.restart = warming_up
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

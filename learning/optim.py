@@ -1,13 +1,18 @@
 """The optimizer by name, its parameter groups, and the learning rate as a function of the epoch."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from settings.table import Config
+
+if TYPE_CHECKING:
+    from stages import Stage
 
 NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,  # batch norm of every kind, instance norm
@@ -66,34 +71,59 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=config.opt == "sgd_nesterov", fused=fused)
 
 
-def learning_rate_schedule(config: Config) -> Callable[[float], float]:
-    """Build the learning rate as a function of the epoch.
+class LearningRate:
+    """The learning rate as a function of the epoch, a whole number or, with `lr_update: step`, a fraction.
 
-    The epoch is a whole number or, with `lr_update: step`, a fraction. The rate depends on epochs alone: a stage's
-    batch size moves none of its changes, and a resumed run needs no state. At whole epochs it is what the reference's
-    chain of torch schedulers gives. In fine-tuning it is constant.
+    It depends on nothing else: a stage's batch size moves none of its changes, and a resumed run needs no state. With
+    `lr_clock: epochs` it is at whole epochs what the reference's chain of torch schedulers gives. With `compute` the
+    schedule runs over the share of the run's compute that is spent, counted by area, as EfficientTrain++ (arXiv:2405.08768)
+    has it: all of the run is `epochs` of the settings, so that with `stage_rule: compute` warm-up and falls are counted in
+    passes at the last size. In fine-tuning it is constant.
+
+    stages: of the whole run
+    num_epochs: that they train, fine-tuning left out
+    span: where the schedule ends, on its clock
     """
 
-    def decayed(epoch: float) -> float:  # epochs since the end of warm-up
-        if config.lr_scheduler == "steplr":
-            return config.lr * config.lr_gamma ** (epoch // config.lr_step_size)
-        if config.lr_scheduler == "exponentiallr":
-            return config.lr * config.lr_gamma**epoch
-        share = epoch / (config.epochs - config.lr_warmup_epochs)
-        return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * share)) / 2
+    def __init__(self, config: Config, stages: "Sequence[Stage]"):
+        self.config = config
+        stages = [stage for stage in stages if not stage.finetune]
+        self.num_epochs = stages[-1].epochs.stop
+        self.on_compute = config.lr_clock == "compute"
+        self.span = config.epochs if self.on_compute else self.num_epochs
+        self.ends = [0, *(stage.epochs.stop for stage in stages)]
+        self.spent = [0, *accumulate(len(stage.epochs) * stage.image_size**2 for stage in stages)]  # by those ends
 
-    def learning_rate(epoch: float) -> float:
-        if epoch >= config.epochs:
+    def __call__(self, epoch: float) -> float:
+        config = self.config
+        if epoch >= self.num_epochs:
             return config.finetune_lr or config.lr / FINETUNE_SHARE
-        if config.lr_update == "epoch":
-            epoch = math.floor(epoch)
+        time = self.clock(math.floor(epoch) if config.lr_update == "epoch" else epoch)
         warmup = config.lr_warmup_epochs
-        if epoch >= warmup:
-            return decayed(epoch - warmup)
-        progress = epoch / warmup if config.lr_warmup_method == "linear" else 0.0
+        if time >= warmup:
+            return self.decayed(time - warmup)
+        progress = time / warmup if config.lr_warmup_method == "linear" else 0.0
         return config.lr * (config.lr_warmup_decay + (1 - config.lr_warmup_decay) * progress)
 
-    return learning_rate
+    def clock(self, epoch: float) -> float:
+        """Find where on its clock the schedule is, from 0 to `span`."""
+        if not self.on_compute:
+            return epoch
+        return self.span * float(np.interp(epoch, self.ends, self.spent)) / self.spent[-1]
+
+    def warming_up(self, epoch: float) -> bool:
+        """Check whether `epoch` begins within warm-up."""
+        return self.clock(epoch) < self.config.lr_warmup_epochs
+
+    def decayed(self, time: float) -> float:
+        """Compute the rate `time` after the end of warm-up, on the schedule's clock."""
+        config = self.config
+        if config.lr_scheduler == "steplr":
+            return config.lr * config.lr_gamma ** (time // config.lr_step_size)
+        if config.lr_scheduler == "exponentiallr":
+            return config.lr * config.lr_gamma**time
+        share = time / (self.span - config.lr_warmup_epochs)
+        return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * share)) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

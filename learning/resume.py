@@ -16,10 +16,11 @@ from settings.table import BEFORE, LAUNCH, PLACE, Config, plain
 from utils import Runtime
 
 
-def find_checkpoint(config: Config, runtime: Runtime, own: str) -> Checkpoint | None:
+def find_checkpoint(config: Config, runtime: Runtime, own: str, num_epochs: int) -> Checkpoint | None:
     """Find the checkpoint that the run continues from; None if it starts anew.
 
     own: where a run in this output_dir saves its own
+    num_epochs: that the run trains
 
     `resume: auto` continues the very run in output_dir: every setting that shapes it must be the same. A
     file by name starts a run of its own from that state, under the settings given; a line tells which differ.
@@ -37,7 +38,7 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str) -> Checkpoint | 
         if config.test_only and not config.weights:
             raise ConfigError(f"resume: no run in {config.output_dir} to evaluate")
         return None
-    check_same(config, runtime, checkpoint)
+    check_same(config, runtime, checkpoint, num_epochs)
     return checkpoint
 
 
@@ -105,7 +106,7 @@ def check_whole(checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def check_same(config: Config, runtime: Runtime, checkpoint: Checkpoint) -> None:
+def check_same(config: Config, runtime: Runtime, checkpoint: Checkpoint, num_epochs: int) -> None:
     """Raise ConfigError unless the run may go on from the checkpoint under these settings."""
     state, now = checkpoint.state, config.as_dict()
     then = settings_of(checkpoint)
@@ -138,9 +139,9 @@ def check_same(config: Config, runtime: Runtime, checkpoint: Checkpoint) -> None
     else:
         if differing:
             runtime.say(f"resuming from {config.resume} with other settings: {listed}")
-        if state.epoch >= config.total_epochs:
+        if state.epoch >= num_epochs:
             raise ConfigError(
-                f"resume: {config.resume} has trained {state.epoch} epochs already; epochs {config.total_epochs} must be more"
+                f"resume: {config.resume} has trained {state.epoch} epochs already; the {num_epochs} of this run must be more"
             )
         if state.step:
             raise ConfigError(

@@ -15,6 +15,7 @@ class RunState:
     epoch, step: the next step to take
     loss_sum, num_images: of the part of `epoch` that is done, all processes
     train_seconds, wait_seconds, cpu_seconds: of that part; the last of this process and its workers
+    seconds: that the run has taken until the last checkpoint, all of its parts from the start of their processes
     best_top1, best_epoch, best_weights: percent, epoch and copy ("model" or "ema") of the best evaluation
     """
 
@@ -25,6 +26,7 @@ class RunState:
     train_seconds: float = 0.0
     wait_seconds: float = 0.0
     cpu_seconds: float = 0.0
+    seconds: float = 0.0
     best_top1: float = -1.0
     best_epoch: int = -1
     best_weights: str = "model"

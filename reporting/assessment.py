@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from images.datasets import Images
+from images.encoded import EncodedImages
 from learning.calibration import BINS, Calibration, Reliability, calibrate, confidences
 from learning.scores import Outputs, Score
 from settings.errors import printable
@@ -164,9 +165,9 @@ def worst_mistakes(outputs: Outputs, temperature: float) -> list[dict[str, Any]]
 
 
 def path_of(images: Images, index: int) -> str | None:
-    """Find the file of an image; None for images that come from no file."""
-    files = getattr(getattr(images, "source", images), "samples", None)
-    return None if files is None else printable(files[index][0])
+    """Say where an image lies, a file or a row; None for images that are made in memory."""
+    source = getattr(images, "source", images)  # of a decode-once store
+    return printable(source.describe(index)) if isinstance(source, EncodedImages) else None
 
 
 def thumbnail(images: Images, index: int) -> Image.Image:

@@ -28,7 +28,7 @@ from learning.checkpoint import (
     write_safely,
 )
 from settings.errors import ConfigError, RunError
-from settings.resolve import RUN_SETTINGS
+from settings.resolve import FORECAST, RUN_SETTINGS
 from settings.table import Config
 from stages import Plan
 from utils import Runtime
@@ -82,7 +82,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove the files of an older run, no others."""
         unfinished = [name + UNFINISHED for name in (CHECKPOINT, BEST)]
-        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR]), *self.events()]:
+        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR, FORECAST]), *self.events()]:
             with naming_fault(self.at(name)):
                 os.remove(self.at(name))
 
@@ -288,12 +288,15 @@ class RunFolder:
             self.write_confusion("best", checkpoint.state.best_epoch, best[1])
         return checkpoint.best
 
-    def mend_best(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
-        """Make the best weights in the folder those that `checkpoint` tells of, or have it tell of none; say so."""
+    def mend_best(self, checkpoint: Checkpoint, num_epochs: int, runtime: Runtime) -> None:
+        """Make the best weights in the folder those that `checkpoint` tells of, or have it tell of none; say so.
+
+        num_epochs: that the run trains
+        """
         if runtime.is_main and checkpoint.state.best_epoch >= 0 and not self.has_best(checkpoint.best):
             state, last = checkpoint.state, checkpoint.state.epoch - 1
             what = f"{self.at(BEST)} is missing, damaged or of another epoch"
-            if state.step == 0 and last in (state.best_epoch, config.total_epochs - 1):
+            if state.step == 0 and last in (state.best_epoch, num_epochs - 1):
                 if state.best_epoch != last:  # nothing is left to train, so that the last weights have to do
                     state.best_epoch, state.best_weights = last, "model"
                 average = checkpoint.model_ema if state.best_weights == "ema" else None

@@ -1,15 +1,18 @@
 """The run's log. Training says what happened; from here it goes into the run's folder and to a dashboard."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from images.datasets import Data
 from learning.checkpoint import UNFINISHED, Checkpoint, previous_checkpoint, put_in_place, to_cpu
+from learning.fit import Forecast, since_start
 from learning.learner import Learner
 from learning.scores import Score
 from learning.state import RunState
@@ -19,6 +22,7 @@ from reporting.folder import METRICS, REPORT, RunFolder
 from reporting.page import report_page
 from reporting.records import epoch_record, is_whole, summarise
 from settings.errors import first_line
+from settings.resolve import FORECAST
 from settings.table import LAUNCH, Config
 from settings.values import every
 from stages import Plan, Stage
@@ -115,6 +119,7 @@ class FolderLog(RunLog):
 
     samples: a picture of augmented images for each stage to come, uint8 (3, H, W)
     checkpoint: that the run continues from, if it does
+    forecast: what the run should take, if it begins now and was fitted to a time
     records: the lines of metrics.jsonl, of earlier parts of a resumed run too
     best: weights and confusions that are not saved yet
     """
@@ -129,6 +134,7 @@ class FolderLog(RunLog):
         first_epoch: int,
         dashboard: Dashboard,
         checkpoint: Checkpoint | None = None,
+        forecast: Forecast | None = None,
     ):
         self.folder, self.config, self.plan, self.dashboard = folder, config, plan, dashboard
         self.data = data
@@ -144,8 +150,11 @@ class FolderLog(RunLog):
         self.keep = source != previous_checkpoint(folder.checkpoint)  # else that in its place is damaged
         if source == folder.checkpoint + UNFINISHED:
             put_in_place(folder.checkpoint)
+        self.taken = checkpoint.state.seconds if checkpoint and config.resume == "auto" else 0.0  # by earlier parts
         if config.overwrite:
             folder.clear()
+        if forecast is not None:
+            folder.write(FORECAST, json.dumps(asdict(forecast)))
         if config.resume == "auto":
             # Epochs after the checkpoint are trained again, to the same numbers.
             self.records = [record for record in folder.metrics() if record["epoch"] < first_epoch and is_whole(record)]
@@ -183,6 +192,7 @@ class FolderLog(RunLog):
         passed = time.monotonic() - self.saved_at
         if always or (epochs and state.epoch - self.saved_epoch >= epochs) or (seconds and passed >= seconds):
             self.wait()
+            state.seconds = self.taken + since_start()
             checkpoint = learner.checkpoint(state, self.config, data)
             checkpoint.best = self.fingerprint
             self.saving = self.thread.submit(self.folder.save, checkpoint, self.best, self.keep)
@@ -205,7 +215,7 @@ class FolderLog(RunLog):
     ) -> None:
         self.wait()
         scores = closing[sizes["test_size"]]
-        self.folder.write_confusion("last", self.config.total_epochs - 1, scores["model"].confusion)
+        self.folder.write_confusion("last", self.plan.num_epochs - 1, scores["model"].confusion)
         self.folder.write_confusion("best", state.best_epoch, scores["best"].confusion)
         found = assess(scores["best"], self.data.classes, self.data.val, self.config.seed)
         for place, mistake in enumerate(found.mistakes):
@@ -216,6 +226,9 @@ class FolderLog(RunLog):
         summary = summarise(
             self.config, self.plan, state, learner, sizes, closing, self.records, self.data.skipped, found, inference
         )
+        forecast = self.folder.read_json(FORECAST)
+        if forecast is not None:
+            summary["fit_time"] = Forecast(**forecast).outcome(self.taken + since_start())
         self.folder.write_summary(summary)
         self.report()
         self.dashboard.finish()

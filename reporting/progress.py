@@ -7,7 +7,6 @@ from typing import Any
 from tqdm import tqdm
 
 from learning.scores import TrainingLoss
-from settings.table import Config
 from stages import Stage
 
 
@@ -17,9 +16,11 @@ class Progress:
     It is a bar, or, where stderr is no terminal, a line every print_freq steps; and a line at its end.
     """
 
-    def __init__(self, stage: Stage, epoch: int, config: Config, first_step: int, num_steps: int, show: bool):
-        self.title = f"stage {stage.index}, {stage.image_size} px, epoch {epoch + 1}/{config.total_epochs}"
-        self.print_freq, self.num_steps, self.show = config.print_freq, num_steps, show
+    def __init__(
+        self, stage: Stage, epoch: int, num_epochs: int, print_freq: int, first_step: int, num_steps: int, show: bool
+    ):
+        self.title = f"stage {stage.index}, {stage.image_size} px, epoch {epoch + 1}/{num_epochs}"
+        self.print_freq, self.num_steps, self.show = print_freq, num_steps, show
         watched = show and sys.stderr.isatty()
         self.bar = tqdm(
             desc=self.title, initial=first_step, total=num_steps, unit="step", leave=False, disable=not watched

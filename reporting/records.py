@@ -127,7 +127,7 @@ def summarise(
         "images_per_second": images / seconds if seconds else None,
         # As many images at the last stage's measured speed, over the time the stages took
         "speedup_over_fixed_size": trained_images / last_speed / trained_seconds if last_speed else None,
-        "epochs": config.total_epochs,
+        "epochs": plan.num_epochs,
         "skipped_images": {
             "count": sum(map(len, skipped.values())),
             **{split: {printable(path): fault for path, fault in images} for split, images in skipped.items()},

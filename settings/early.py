@@ -4,7 +4,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from settings.errors import ConfigError, tell
@@ -12,19 +12,26 @@ from settings.resolve import resolve
 from settings.sources import read_command_line
 
 
-def answer(argv: Sequence[str]) -> None:
-    """End the program for `--help` and for settings that are wrong in themselves; else return.
+def read_settings(argv: Sequence[str]) -> None:
+    """Read the settings of a training; raise ConfigError where they are wrong in themselves."""
+    read_command_line(argv)
+    if not os.environ.get("CLEARML_TASK_ID"):  # whose settings come from a server
+        resolve(argv)
+
+
+def answer(argv: Sequence[str], read: Callable[[Sequence[str]], Any] = read_settings) -> None:
+    """End the program for `--help` and for a command line that is wrong in itself; else return.
 
     Neither torch nor the data are looked at. A signal ends the program in one line from here on.
+
+    read: reads the command line, and raises ConfigError where it is wrong
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor is every terminal
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
     try:
-        read_command_line(argv)
-        if not os.environ.get("CLEARML_TASK_ID"):  # whose settings come from a server
-            resolve(argv)
+        read(argv)
     except ConfigError as error:
         tell(error)
         sys.exit(2)

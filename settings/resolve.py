@@ -14,6 +14,15 @@ from settings.table import BEFORE, DEFAULTS, RA_SCALE_END, SCHEDULES, SETTINGS, 
 from settings.values import every, seconds
 
 RUN_SETTINGS = "config.yaml"  # in a run's folder: what it was made with
+FORECAST = "report/forecast.json"  # there, of a run that was fitted to a time
+FITTED = (
+    "epochs",
+    "stage_epochs",
+    "stage_rule",
+    "lr_warmup_epochs",
+    "lr_step_size",
+    "lr_gamma",
+)  # what was chosen for it
 
 
 def resolve(
@@ -44,11 +53,35 @@ def resolve(
         level.update(dict.fromkeys(given, i))
     if values["stage_epochs"] and level["epochs"] < level["stage_epochs"]:
         values["epochs"] = sum(values["stage_epochs"])
+    if values["fit_time"] is not None:
+        keep_fitted(values, level)
     if not values["test_only"]:
         drop_or_reject_idle(values, level)
     config = Config(**values)
     check(config)
     return config
+
+
+def keep_fitted(values: dict[str, Any], level: Mapping[str, int]) -> None:
+    """Give a run that goes on the lengths that `fit_time` has chosen for it when it began, in place of `fit_time`.
+
+    values, level: as for `drop_or_reject_idle`
+
+    Raises:
+        ConfigError: it began without; epochs are given by the same source as fit_time, or a later one.
+    """
+    folder = values["output_dir"]
+    begun = os.path.join(folder, RUN_SETTINGS)
+    if values["resume"] == "auto" and os.path.isfile(begun):
+        if not os.path.isfile(os.path.join(folder, FORECAST)):
+            raise ConfigError(f"the run in {folder} has its epochs already, fit_time would change them; leave it out")
+        chosen = read_yaml(begun)
+        values.update({name: chosen.get(name, DEFAULTS[name]) for name in FITTED}, fit_time=None)
+    elif level["epochs"] >= level["fit_time"]:
+        raise ConfigError(
+            f"epochs {values['epochs']} has no effect with fit_time {values['fit_time']}, which chooses them; leave one of "
+            "them out"
+        )
 
 
 def drop_or_reject_idle(values: dict[str, Any], level: dict[str, int]) -> None:
@@ -71,7 +104,7 @@ def drop_or_reject_idle(values: dict[str, Any], level: dict[str, int]) -> None:
         for name in ("finetune_size", "finetune_lr"):
             needs[name] = ("finetune_epochs", ("1 or more",))
     if values["stages"] == 1:
-        for name in ("stage_rule", "stage_epochs"):
+        for name in ("stage_rule", "stage_epochs", "lr_clock"):
             needs[name] = ("stages", ("2 or more",))
     for name, (master, accepted) in needs.items():
         if values[name] == DEFAULTS[name] or values[master] in accepted:
@@ -94,13 +127,16 @@ def check(config: Config) -> None:
     check_run(config)
 
 
-def doubts(config: Config) -> list[str]:
-    """List what is likely a mistake in settings that can be carried out all the same."""
+def doubts(config: Config, span: int) -> list[str]:
+    """List what is likely a mistake in settings that can be carried out all the same.
+
+    span: epochs that the learning rate's schedule has (`LearningRate.span`)
+    """
     found = []
-    if config.lr_warmup_epochs >= config.epochs:
+    if config.lr_warmup_epochs >= span:
         # No error: a short trial of a long recipe is a common thing, and its learning rates are what was asked for.
         schedule = f"warm-up never ends, and lr_scheduler {config.lr_scheduler} does nothing"
-        found.append(f"lr_warmup_epochs {config.lr_warmup_epochs} with epochs {config.epochs}: {schedule}")
+        found.append(f"lr_warmup_epochs {config.lr_warmup_epochs} of {span} epochs: {schedule}")
     if config.finetune_size not in (None, config.val_crop_size):
         sizes = f"finetune_size {config.finetune_size} with val_crop_size {config.val_crop_size}"
         found.append(f"{sizes}: the classifier is fitted to another size than it is evaluated at")
@@ -123,6 +159,11 @@ def check_stages(config: Config) -> None:
     if config.stages > config.epochs:
         raise ConfigError(f"{config.stages} stages need at least {config.stages} epochs, epochs is {config.epochs}")
     if config.stage_epochs is not None:
+        if config.stage_rule == "compute":
+            raise ConfigError(
+                "stage_epochs has no effect with stage_rule compute, which cuts the stages by their compute; leave one of "
+                "them out"
+            )
         if len(config.stage_epochs) != config.stages:
             raise ConfigError(
                 f"stage_epochs takes one value per stage ({config.stages}); got {len(config.stage_epochs)}"
@@ -135,7 +176,7 @@ def check_stages(config: Config) -> None:
         raise ConfigError(
             f"stage_rule released goes from a first to a last train_crop_size; got {len(config.train_crop_size)} value(s)"
         )
-    if config.start_epoch >= config.epochs:
+    if config.start_epoch >= config.epochs and config.stage_rule != "compute":  # which `stages.make_plan` checks
         raise ConfigError(f"start_epoch {config.start_epoch} is not below epochs {config.epochs}")
     if min(config.train_crop_size) < config.image_size_multiple:
         raise ConfigError(
@@ -160,6 +201,11 @@ def check_images(config: Config) -> None:
         )
     if len(config.train_crop_scale) != 2 or config.train_crop_scale[0] > config.train_crop_scale[1]:
         raise ConfigError(f"train_crop_scale takes smallest and largest share, got {show(config.train_crop_scale)}")
+    if config.augment_size is not None and config.augment_size < int(max(config.train_crop_size)):
+        raise ConfigError(
+            f"augment_size {config.augment_size} is below train_crop_size {max(config.train_crop_size):g}; images are only "
+            "reduced from it, so give that size or more"
+        )
     if config.val_crop_size > config.val_resize_size:
         raise ConfigError(
             f"val_crop_size {config.val_crop_size} is larger than val_resize_size {config.val_resize_size}; "
@@ -186,7 +232,7 @@ def check_images(config: Config) -> None:
 
 
 def check_run(config: Config) -> None:
-    """Check resume, overwrite, test_only and time_budget."""
+    """Check resume, overwrite, test_only, time_budget and fit_time."""
     if config.resume and config.overwrite:
         raise ConfigError("resume continues a run, overwrite starts again; give one of them")
     if config.resume not in ("", "auto") and not os.path.isfile(config.resume):
@@ -195,4 +241,13 @@ def check_run(config: Config) -> None:
         raise ConfigError("test_only needs something to evaluate: --weights or --resume")
     if config.time_budget is not None:
         seconds(config.time_budget)
+    if config.fit_time is not None:
+        seconds(config.fit_time, "fit_time")
+        if config.plan is not None:
+            raise ConfigError(
+                "plan needs neither data nor time, fit_time measures both; leave one of them out: with fit_time the plan "
+                "is printed before the first epoch"
+            )
+        if config.start_epoch > 0 or config.resume not in ("", "auto"):
+            raise ConfigError("fit_time plans a whole run; leave start_epoch and a checkpoint to start from out")
     every(config.checkpoint_every)

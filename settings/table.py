@@ -119,8 +119,8 @@ class Config:
 
     # Stages
     stages: int = setting(1, "stages of progressive learning; 1 trains as the reference does", kind="int", group="stages", interval="[1, 1000]")
-    stage_rule: str = setting("paper", "image size of stage i of M, from S0 to Se: paper S0+(Se-S0)*i/(M-1), released code S0+(Se-S0)*(i+1)/M", kind="str", group="stages", choices=("paper", "released"))
-    stage_epochs: tuple[int, ...] | None = setting(None, "epochs of each stage; unset: stage i is epochs i*N//M up to (i+1)*N//M", kind="ints", group="stages", interval="[1, 1000000000]", optional=True)
+    stage_rule: str = setting("paper", "image size of stage i of M, from S0 to Se: paper S0+(Se-S0)*i/(M-1), released code S0+(Se-S0)*(i+1)/M; compute: the paper's sizes, and stages of equal compute, which see small images more often (EfficientTrain++)", kind="str", group="stages", choices=("paper", "released", "compute"))
+    stage_epochs: tuple[int, ...] | None = setting(None, "epochs of each stage; unset: stage i is epochs i*N//M up to (i+1)*N//M, or by stage_rule compute", kind="ints", group="stages", interval="[1, 1000000000]", optional=True)
     train_crop_size: tuple[float, ...] = setting((224.0,), "side of the training crop, pixels; rounded down", kind="floats", group="stages", interval="[1, 8192]", scheduled=Schedule(field="image_size", heading="image size", axis="image size, px", whole=True))
     image_size_multiple: int = setting(1, "round training sizes down to a multiple of this", kind="int", group="stages", interval="[1, 512]")
 
@@ -129,7 +129,7 @@ class Config:
     finetune_lr: float | None = setting(None, "learning rate of that; unset: a twentieth of lr", kind="float", group="stages", interval="(0, inf)", optional=True)
 
     # Training
-    epochs: int = setting(90, "passes over the training images, all stages together but for finetune_epochs", kind="int", group="training", interval="[1, 1000000000]")
+    epochs: int = setting(90, "passes over the training images, all stages together but for finetune_epochs; with stage_rule compute, as many at the last size as they are to cost", kind="int", group="training", interval="[1, 1000000000]")
     start_epoch: int = setting(0, "first epoch to train, counted from 0; a resumed run knows its own", kind="int", group="training", interval="[0, 1000000000]")
     batch_size: tuple[float, ...] = setting((32.0,), "images per step and process", kind="floats", group="training", interval="[1, 1000000000]", scheduled=Schedule(field="batch_size", heading="batch", whole=True), flags=["-b"])
     opt: str = setting("sgd", "optimizer", kind="str", group="training", choices=("sgd", "sgd_nesterov", "rmsprop", "adamw"))
@@ -144,6 +144,7 @@ class Config:
     clip_grad_norm: float | None = setting(None, "scale gradients down to at most this norm", kind="float", group="training", interval="(0, inf)", optional=True)
     lr_scheduler: str = setting("steplr", "how the learning rate falls after warm-up", kind="str", group="training", choices=("steplr", "cosineannealinglr", "exponentiallr"))
     lr_update: str = setting("epoch", "follow the schedule once per epoch, as the reference, or at every step", kind="str", group="training", choices=("epoch", "step"))
+    lr_clock: str = setting("epochs", "what the learning rate follows: epochs, or the share of the run's compute that is spent, counted by area; all of it is `epochs`, so that with stage_rule compute warm-up and falls count passes at the last size", kind="str", group="training", choices=("epochs", "compute"))
     lr_warmup_epochs: int = setting(0, "epochs of warm-up", kind="int", group="training", interval="[0, 1000000000]")
     lr_warmup_method: str = setting("constant", "warm-up", kind="str", group="training", choices=("linear", "constant"))
     lr_warmup_decay: float = setting(0.01, "warm-up starts at this share of lr", kind="float", group="training", interval="[0, 1]")
@@ -163,6 +164,7 @@ class Config:
     mixup_alpha: tuple[float, ...] = setting((0.0,), "mixup's Beta(alpha, alpha); 0 is off", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="mixup_alpha", heading="mixup", absent="off", axis="probability, alpha", least=LEAST_ALPHA))
     cutmix_alpha: tuple[float, ...] = setting((0.0,), "cutmix's Beta(alpha, alpha); 0 is off; with mixup on, each batch gets one of the two", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="cutmix_alpha", heading="cutmix", absent="off", axis="probability, alpha", least=LEAST_ALPHA))
     train_crop_scale: tuple[float, float] = setting((0.08, 1.0), "smallest and largest area of the random crop, as shares of the image", kind="floats", group="augmentation", interval="(0, 1]")
+    augment_size: int | None = setting(None, "side of the image that is cropped and that the policy works on, pixels, then reduced to the stage's size with antialiasing; unset: the stage's size", kind="int", group="augmentation", interval="[1, 8192]", optional=True)
     hflip_prob: float = setting(0.5, "probability of a horizontal flip", kind="float", group="augmentation", interval="[0, 1]")
     ra_sampler: bool = setting(False, "repeated augmentation: each image ra_reps times in a step, as many images per epoch as without", kind="bool", group="augmentation")
     ra_reps: int = setting(3, "repeats of ra_sampler", kind="int", group="augmentation", interval="[1, 100]", needs=("ra_sampler", (True,)))
@@ -193,6 +195,7 @@ class Config:
     output_dir: str = setting(".", "the run's folder", kind="str", group="run")
     resume: str = setting("", "auto: continue the run in output_dir, if there is one; or a checkpoint file", kind="str", group="run")
     overwrite: bool = setting(False, "start again in a folder that holds a run", kind="bool", group="run")
+    fit_time: str | None = setting(None, "choose the epochs, and with them the learning rate's end, so that the whole run fits into this time (90s, 25m, 1.5h), counted from the start of the process; steps and an evaluation are timed first", kind="str", group="run", optional=True)
     time_budget: str | None = setting(None, "stop after this long (90s, 25m, 1.5h), saved; exit status 3", kind="str", group="run", optional=True)
     print_freq: int = setting(10, "steps between lines of progress", kind="int", group="run", interval="[1, 1000000000]")
     checkpoint_every: str = setting("1e", "save after so many epochs (5 or 5e), or at the end of the epoch in which so much time is up (90s, 25m, 1.5h); a stage's end, the last epoch and a stop are saved always", kind="str", group="run")
@@ -210,15 +213,6 @@ class Config:
         needs = SETTINGS[name]["needs"]
         return needs is not None and getattr(self, needs[0]) not in needs[1]
 
-    @property
-    def total_epochs(self) -> int:
-        """Passes over the training images, fine-tuning included."""
-        return self.epochs + self.finetune_epochs
-
-    def evaluates(self, epoch: int) -> bool:
-        """Check whether an epoch ends with an evaluation: every `eval_every`-th, the last, and the last before fine-tuning."""
-        return (epoch + 1) % self.eval_every == 0 or epoch + 1 in (self.epochs, self.total_epochs)
-
     def as_dict(self) -> dict[str, Any]:
         """Convert the settings to plain values, for YAML, checkpoints and dashboards.
 
@@ -233,7 +227,7 @@ BEFORE: dict[str, Any] = {name: row["before"] for name, row in SETTINGS.items()}
 SCHEDULES: dict[str, Schedule] = {name: row["scheduled"] for name, row in SETTINGS.items() if row["scheduled"]}
 
 # How a run is started, not what it computes: left out of its config.yaml, free to differ on resume.
-LAUNCH = ("config", "debug", "download", "overwrite", "plan", "resume", "test_only", "time_budget")
+LAUNCH = ("config", "debug", "download", "fit_time", "overwrite", "plan", "resume", "test_only", "time_budget")
 CLEARML = ("clearml", "clearml_project", "clearml_task", "clearml_tags")
 # Where and how it runs: written down, and free to differ on resume.
 PLACE = (

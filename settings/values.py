@@ -19,8 +19,10 @@ LISTS = ("ints", "floats", "strs")
 USUAL = 1e30  # the largest size of a number, and its inverse the smallest but 0; float32 ends at 1e38 and 1e-38
 
 
-def seconds(duration: str) -> float:
+def seconds(duration: str, name: str = "time_budget") -> float:
     """Convert a duration, `90s`, `25m`, `1.5h` or plain seconds, to seconds.
+
+    name: of the setting, for the message of an error
 
     Raises:
         ConfigError: anything else, less than a millisecond, more than 31 years.
@@ -29,7 +31,7 @@ def seconds(duration: str) -> float:
     value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
     # A shorter one is a slip: the run would set all up, take one step and stop, and so again at every resume.
     if not 0.001 <= value <= 1e9:
-        raise ConfigError(f"time_budget must be a time such as 90s, 25m or 1.5h, got {brief(duration)}")
+        raise ConfigError(f"{name} must be a time such as 90s, 25m or 1.5h, got {brief(duration)}")
     return value
 
 
@@ -105,7 +107,7 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
         return value
     if kind == "str":
         if (
-            name in ("time_budget", "checkpoint_every")
+            name in ("time_budget", "fit_time", "checkpoint_every")
             and isinstance(value, int | float)
             and not isinstance(value, bool)
         ):

@@ -167,7 +167,7 @@ def finished_row(run: Run, study: Study, machine: Mapping[str, Any]) -> Row:
         varying["weights"] = run.config.weights or ""
     return {
         **varying,
-        "epochs": run.config.epochs,
+        "epochs": run.plan.num_epochs,
         "relative_cost": summary["relative_cost"],
         "images": round(sum(record["images_per_second"] * record["epoch_seconds"] for record in records)),
         "top1": summary["top1"],

@@ -66,7 +66,7 @@ class Runner:
         for run in reversed(study.runs):  # whose weights others start from comes before them
             row = results.row(run)
             if row is not None and (run not in needed or has_weights(run)):
-                self.progress[run] = Progress("done", run.config.total_epochs, note=self.outcome(run, row))
+                self.progress[run] = Progress("done", run.plan.num_epochs, note=self.outcome(run, row))
             elif run.source is not None:
                 needed.add(run.source)
 

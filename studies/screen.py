@@ -70,9 +70,9 @@ class Screen:
             several = [run for run in study.runs if run.condition == condition]
             run = several[0]
             sizes = "-".join(dict.fromkeys(str(stage.image_size) for stage in run.plan.stages))
-            seen = f"{run.config.epochs * each[condition]:,}" if images else ""
+            seen = f"{run.plan.num_epochs * each[condition]:,}" if images else ""
             cost = work[condition, run.seed] / basis
-            lines.append([condition, len(several), sizes, run.config.epochs, seen, f"{cost:.3f}"])
+            lines.append([condition, len(several), sizes, run.plan.num_epochs, seen, f"{cost:.3f}"])
         heads = ["condition", "runs", "sizes, px", "epochs", "images", f"cost / {study.control}"]
         self.console.print(study.title)
         self.console.print(plain_table(heads, lines))
@@ -94,7 +94,7 @@ class Screen:
             self.live.update(self.table(runner), refresh=True)
             return
         for run, progress in runner.progress.items():
-            line = f"{run.name}: {state_text(progress, run.config.total_epochs)}"
+            line = f"{run.name}: {state_text(progress, run.plan.num_epochs)}"
             if self.told.get(run.name) != line and (progress.state != "waiting" or run.name in self.told):
                 self.told[run.name] = line
                 left = runner.seconds_left()
@@ -109,7 +109,7 @@ class Screen:
             head += f", {duration(left)} of training left"
         table = plain_table(["run", "state", "epochs", "training", head])
         for run, progress in runner.progress.items():
-            epochs = f"{progress.epoch}/{run.config.total_epochs}"
+            epochs = f"{progress.epoch}/{run.plan.num_epochs}"
             seconds = duration(progress.seconds) if progress.seconds else ""
             table.add_row(run.name, progress.state, epochs, seconds, progress.note, style=COLOURS[progress.state])
         return table

@@ -33,10 +33,13 @@ from settings.resolve import resolve
 from settings.sources import UniqueKeys, read_command_line, reject_unknown
 from settings.table import BEFORE, LAUNCH, PLACE, SETTINGS, Config, plain, show
 from settings.values import nearest
-from stages import Plan, Stage, make_plan, plan_stages
+from stages import Plan, Stage, make_plan, plan_of, plan_stages
 
 KEYS = ("title", "base", "settings", "conditions", "grid", "seeds", "metric", "control")
 OWN = ("config", "plan", "seed", "output_dir", "resume", "overwrite", "test_only", "time_budget")  # the sweep's own
+VARIABLE = (
+    "fit_time gives every run other epochs, as fast as its machine happens to be; a study needs epochs or stage_epochs"
+)
 ASIDE = ("base", "held_out", "metric", "control")  # of a condition, besides settings
 # Columns of the rows that are better when higher
 METRICS = (
@@ -133,6 +136,8 @@ def read_study(path: str, folder: str, extra: Sequence[str] = ()) -> Study:
     given = read_command_line(extra)
     varying = {setting for condition in conditions.values() for setting in condition} - set(ASIDE)
     for setting in given:
+        if setting == "fit_time":
+            raise ConfigError(VARIABLE)
         if setting in OWN or setting in varying:
             why = "the study says itself" if setting in varying else "the sweep says itself"
             raise ConfigError(f"--{setting.replace('_', '-')} after -- is what {why}; leave it out")
@@ -276,6 +281,8 @@ def make_run(
     for name in settings:
         if name in OWN:
             raise ConfigError(f"{where}{name} is what the sweep says itself; leave it out")
+        if name == "fit_time":
+            raise ConfigError(f"{where}{VARIABLE}")
     flags = [] if base is None else ["--config", os.path.normpath(os.path.join(os.path.dirname(path), str(base)))]
     flags += [*as_flags(settings), "--seed", str(seed), *extra]
     flags += ["--output-dir", os.path.join(folder, f"{slug(condition)}_seed{seed}")]
@@ -308,7 +315,7 @@ def plan_like(config: Config, others: Iterable[Run]) -> Plan:
     stages = plan_stages(config)
     for run in others:
         if key(run.config, run.plan.stages) == key(config, stages):
-            return Plan(stages, run.plan.gflops_per_image)
+            return plan_of(config, stages, run.plan.gflops_per_image)
     return make_plan(config)
 
 

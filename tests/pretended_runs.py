@@ -27,6 +27,9 @@ from images.evaluation import EvalOnDevice
 from images.loaders import TrainLoader
 from images.sources import augment_whole
 from images.store_place import with_store
+from inference.inputs import names_of
+from inference.predictions import predict
+from inference.trained import open_run
 from presets import BatchPreset
 from settings.resolve import resolve
 from utils import Runtime
@@ -61,7 +64,9 @@ def counted(do):
 
 
 def crop_and_finish(flat, place, draws, runtime):
-    return counted(lambda: augment_whole(flat, *place, BatchPreset(image_size=40), draws, runtime))
+    preset, (starts, heights, widths, targets) = BatchPreset(image_size=40), place
+    boxes = preset.boxes(draws, heights, widths)
+    return counted(lambda: augment_whole(flat, starts, widths, boxes, targets, preset, draws, runtime))
 
 
 def evaluated(tree, folder):
@@ -167,6 +172,14 @@ def whole(folder, tree, flags):
     return {"status": status, "losses": losses, "steps": steps, "seconds": time.perf_counter() - began}
 
 
+def predicted(run, images, device):
+    """What a run's model says of images, and what that asked of the device."""
+    names = names_of([str(images)])
+    predicting = predict(open_run(str(run), device=device), names, top=2, batch_size=3, workers=0)
+    notes.clear()
+    return {"said": [(row.path, row.classes, row.probabilities) for rows in predicting for row in rows]} | counts()
+
+
 def main(folder):
     torch.set_num_threads(1)
     tree = make_tree(folder / "images")
@@ -180,8 +193,10 @@ def main(folder):
         found |= {"judged": judged(), "evaluation": evaluated(tree, folder)} | parts()
         for name in FORMS:
             found[name] = whole(folder / name, tree, flags[name])
+        found["predicted"] = predicted(folder / "workers", tree / "val", "cuda")
         resume = ["--resume", folder / "cpu" / "checkpoint_previous.pth"]
         found["cpu to cuda"] = whole(folder / "there", tree, [*flags["workers"], *resume])
+    found["predicted on the cpu"] = predicted(folder / "workers", tree / "val", "cpu")
     resume = ["--resume", folder / "workers" / "checkpoint_previous.pth"]
     found["cuda to cpu"] = whole(folder / "back", tree, [*on_cpu, *resume])
     print(json.dumps(found))

@@ -1,6 +1,7 @@
 """Small runs in this process, small trees of images for them, and what they leave."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -8,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from programs import SMALL
+from programs import RUN, SMALL
 
+from learning.models import build_model
 from learning.stop import Stop
+from reporting.folder import RunFolder
+from settings.resolve import resolve
+from stages import make_plan
 from train import run
 
 STAGED = "--stages 4 --epochs 8 --train-crop-size 32 48 --dropout 0.1 0.3 --stochastic-depth-prob 0 0.2".split()
@@ -49,6 +54,21 @@ def make_tree(root, splits=(("train", 12), ("val", 5)), classes=("ant", "bee"), 
                 pixels[..., number] += 120
                 Image.fromarray(pixels.astype("uint8")).save(folder / f"{i}.png")
     return Path(root)
+
+
+def write_run(folder, classes, *flags, model=None):
+    """The folder of an unfinished run, written here; by default its model answers each image with 3 : 1 : 1 and so on."""
+    config = resolve([*RUN, "--val-resize-size", "40", "--output-dir", str(folder), *flags])
+    if model is None:
+        model, _ = build_model(config.model, len(classes))
+        with torch.no_grad():
+            model.classifier[-1].weight.zero_()
+            model.classifier[-1].bias.zero_()[0] = math.log(3)
+    written = RunFolder(str(folder))
+    written.write_settings(config.as_dict())
+    written.write_plan(make_plan(config), classes)
+    written.write_best_weights(model.state_dict())
+    return Path(folder)
 
 
 def metrics(folder):

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from augment import batch
 from augment.batch import crop_batch, crop_rows, crop_tensor
 from augment.draws import CROP, ERASED, NUM_DRAWS, crop_boxes, erase_boxes, uniforms
+from augment.pixels import denormalise
 from augment.randaugment import OPERATIONS
 from images.loaders import augment_on
 from presets import BatchPreset
@@ -220,6 +221,36 @@ def test_operations_and_signs_are_drawn_equally_often(monkeypatch):
         here, negative = counts.get((name, False), 0), counts.get((name, True), 0)
         assert abs(here + negative - each) < 5 * math.sqrt(each)
         assert abs(negative - here) < 5 * math.sqrt(each) if operation.signed else negative == 0
+
+
+SOLARIZE = 2 * list(OPERATIONS).index("Solarize")
+
+
+def test_what_augment_size_does_to_pixels_by_hand():
+    """Columns of 100 and 200, reduced 4 to 2: the first is 4/7 of one and 3/7 of the other, the second the reverse.
+
+    Solarize inverts from 128 on, at the level where its threshold is that. At full size 200 becomes 55; after the
+    reduction both columns are grey, 143 and 157, and both are inverted.
+    """
+    columns = torch.tensor([100, 200, 100, 200], dtype=torch.uint8).expand(1, 3, 4, 4)
+    level = 30 * (255 - 128) / 255  # bins: a threshold of 128
+    choices = torch.tensor([[SOLARIZE, 0, 0, 0, 0, 0]])
+    full = BatchPreset(image_size=2, augment_size=4, ra_magnitude=level / 3, ra_scale="paper")
+    small = BatchPreset(image_size=2, ra_magnitude=level / 3, ra_scale="paper")
+    assert (full.crop_size, small.crop_size) == (4, 2)
+    assert denormalise(full.finish(columns, choices))[0, 0, 0].tolist() == [81, 74]  # of 100 and 55
+    reduced = batch.reduce(columns, 2)
+    assert reduced[0, 0, 0].tolist() == [143, 157]
+    assert denormalise(small.finish(reduced, choices))[0, 0, 0].tolist() == [255 - 143, 255 - 157]
+
+
+def test_a_rectangle_is_erased_at_the_final_size():
+    images = torch.full((200, 3, 40, 40), 255, dtype=torch.uint8)
+    ours = finish(BatchPreset(image_size=20, augment_size=40, random_erase=1.0), images, uniforms(0, keys(200)))
+    assert ours.shape == (200, 3, 20, 20)
+    white = (255 / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    near = torch.isclose(ours, white.view(3, 1, 1), atol=1e-4)
+    assert (near | (ours == 0)).all() and (ours == 0).flatten(1).any(1).float().mean() > 0.9  # edges sharp
 
 
 # ---- where ----

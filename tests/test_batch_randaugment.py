@@ -138,7 +138,8 @@ def test_a_gpu_is_never_waited_for_and_is_given_few_kernels():
 
     def cropped_and_augmented(epoch):
         draws = uniforms(0, keys(32, epoch))
-        return augment_whole(flat, starts, sides, np.full(32, 90), classes, preset, draws, runtime)[0]
+        boxes = preset.boxes(draws, sides, np.full(32, 90))
+        return augment_whole(flat, starts, np.full(32, 90), boxes, classes, preset, draws, runtime)[0]
 
     assert cropped_and_augmented(0).is_contiguous(memory_format=torch.channels_last)
     torch.cuda.set_sync_debug_mode("error")

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from programs import ROOT
-from runs import make_tree
+from runs import make_tree, write_run
+
+from learning.models import build_model
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the program's own modules
-common, trees, loader, step, end_to_end, progressive, overhead, tables = map(
-    importlib.import_module, ["common", "trees", "loader", "step", "end_to_end", "progressive", "overhead", "tables"]
+common, trees, loader, step, end_to_end, progressive, overhead, prediction, tables, fit_time = map(
+    importlib.import_module,
+    "common trees loader step end_to_end progressive overhead prediction tables fit_time".split(),
 )
 
 linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's /proc")
@@ -117,6 +120,26 @@ def test_progressive(tmp_path):
     assert staged["times_relative_cost"] == pytest.approx(staged["time_ratio"] / staged["relative_cost"])
 
 
+def test_runs_that_fit_a_time(tmp_path, monkeypatch):
+    tree, file, ran = make_tree(tmp_path / "images"), tmp_path / "rows.json", []
+
+    def pretend(flags, folder):
+        ran.append(flags)
+        Path(folder).mkdir()
+        fitted = {"error": -0.01, "lengths": [3, 2], "before": 9.0}
+        summary = {"fit_time": fitted, "stages": [{"image_size": 64}, {"image_size": 128}], "train_seconds": 80.0}
+        Path(folder, "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(fit_time, "run_training", pretend)
+    rows = rows_of(fit_time, "--data", tree, "--json", file, "--device", "cpu", "--times", 0.5)
+    assert [row["way"] for row in rows] == list(fit_time.RUNS) and len(rows) == 10
+    assert_origin(rows[0], "fit_time")
+    for row, (minutes, _), flags in zip(rows, fit_time.RUNS.values(), ran):
+        assert row["asked_seconds"] == 30 * minutes and f"{30 * minutes:g}s" in flags
+        assert row["within"] and row["share_used"] == pytest.approx(row["seconds"] / (30 * minutes))
+    assert sum(minutes for minutes, _ in fit_time.RUNS.values()) == 72  # as its head says
+
+
 def test_overhead(tmp_path):
     tree, file = make_tree(tmp_path / "images"), tmp_path / "rows.json"
     ours, bare = rows_of(overhead, *SMALL, "--data", tree, "--json", file, "--images", 12, "--workers", 0)
@@ -139,7 +162,22 @@ def test_links_to_images_again_where_there_are_too_few(tmp_path):
     assert len({f.resolve() for f in (tmp_path / "linked").rglob("*.png")}) == 6
 
 
-@pytest.mark.parametrize("script", [loader, step, end_to_end, progressive, overhead])
+def test_prediction(tmp_path):
+    tree, file = make_tree(tmp_path / "images"), tmp_path / "rows.json"
+    run = write_run(tmp_path / "run", ["a", "b"], "--model", SMALL[1], model=build_model(SMALL[1], 2)[0])
+    rows = rows_of(prediction, "--run", run, "--device", "cpu", "--data", tree, "--json", file, "--images", 20, "--batch-size", 8, "--workers", 0, "--repeats", 1)  # fmt: skip
+    assert_origin(rows[0], "prediction")
+    assert [row["way"] for row in rows] == ["evaluate", "predict", "memory", "memory-tenfold"]
+    times = rows[1]["images_per_second"] / rows[0]["images_per_second"]
+    assert rows[1]["times_evaluate"] == pytest.approx(times) and rows[1]["image_size"] == 32
+    assert [(row["images"], row["damaged"], row["every_one_a_row"]) for row in rows[2:]] == [
+        (20, 1, True),
+        (200, 2, True),
+    ]
+    assert all(row["peak_rss_gib"] is None or 0.05 < row["peak_rss_gib"] < 2 for row in rows[2:])
+
+
+@pytest.mark.parametrize("script", [loader, step, end_to_end, progressive, overhead, prediction])
 def test_help_says_what_and_how_long(script, capsys):
     with pytest.raises(SystemExit) as end:
         script.read_options(["--help"])

@@ -203,6 +203,7 @@ WRONG_FLAGS = [
     ("--dataset digits --download", "download true has no effect with dataset digits"),
     ("--dataset digits --train-split x", "train_split x has no effect with dataset digits"),
     ("--backend tensor --interpolation bicubic --auto-augment ra", "backend tensor has no bicubic warps"),
+    ("--augment-size 127 --train-crop-size 128", "augment_size 127 is below train_crop_size 128"),
     ("--resume gone.pth", "resume: no file gone.pth"),
     ("--resume auto --overwrite", "resume continues a run, overwrite starts again"),
     ("--test-only", "test_only needs something to evaluate"),
@@ -278,9 +279,9 @@ def test_numbers_that_people_write(text):
 
 
 def test_a_warm_up_without_end_is_doubted_not_refused(capsys, tmp_path):
-    assert resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "4"])) == []
-    (told,) = resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "5"]))
-    assert told == "lr_warmup_epochs 5 with epochs 5: warm-up never ends, and lr_scheduler steplr does nothing"
+    assert resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "4"]), span=5) == []
+    (told,) = resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "5"]), span=5)
+    assert told == "lr_warmup_epochs 5 of 5 epochs: warm-up never ends, and lr_scheduler steplr does nothing"
 
 
 def test_an_error_is_one_line_that_shows_every_character():

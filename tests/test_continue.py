@@ -36,7 +36,7 @@ def leave_checkpoint(folder, path=None, **state):
 
 
 def find(config):
-    return find_checkpoint(config, CPU, own=os.path.join(config.output_dir, "checkpoint.pth"))
+    return find_checkpoint(config, CPU, own=os.path.join(config.output_dir, "checkpoint.pth"), num_epochs=config.epochs)
 
 
 def test_a_setting_that_an_older_checkpoint_does_not_know_has_its_default(tmp_path, capsys):
@@ -150,7 +150,8 @@ def test_settings_that_came_since_the_oldest_run_are_resumed_as_that_run_was(tmp
     lists = {"train_list": None, "val_list": None}
     hub = {"hub_config": None, "image_column": None, "label_column": None}
     finetune = {"finetune_epochs": 0, "finetune_size": None, "finetune_lr": None}
-    assert since == lists | hub | finetune | {"class_weights": None}
+    compute = {"lr_clock": "epochs", "augment_size": None}
+    assert since == lists | hub | finetune | compute | {"class_weights": None}
 
 
 def test_a_run_without_its_settings_file_is_told_those_of_its_checkpoint(tmp_path):
@@ -196,7 +197,7 @@ def test_a_file_by_name_starts_a_run_of_its_own(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"epoch": 5}, "has trained 5 epochs already; epochs 5 must be more"),
+        ({"epoch": 5}, "has trained 5 epochs already; the 5 of this run must be more"),
         ({"epoch": 2, "step": 4}, "stopped inside epoch 2"),
     ],
 )

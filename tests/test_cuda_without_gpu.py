@@ -83,3 +83,11 @@ def test_both_devices_compute_the_same_and_take_up_each_other_s_runs(found):
     assert found["workers"]["losses"] == pytest.approx(cpu, abs=2e-3)  # the optimizer's fused form rounds differently
     assert found["cpu to cuda"]["losses"] == pytest.approx(cpu[1:], abs=2e-3)
     assert found["cuda to cpu"]["losses"] == pytest.approx(cpu[1:], abs=2e-3)
+
+
+def test_predictions_are_those_of_the_cpu_and_are_waited_for_by_events_alone(found):
+    there, here = found["predicted"], found["predicted on the cpu"]
+    assert [row[:2] for row in there["said"]] == [row[:2] for row in here["said"]] and len(here["said"]) == 10
+    assert [row[2] for row in there["said"]] == [pytest.approx(row[2], abs=1e-5) for row in here["said"]]
+    assert there["waits"] == []
+    assert len(there["copies"]) == 3 * 4  # ten images, three at once: images there, probabilities and classes back

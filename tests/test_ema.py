@@ -54,8 +54,8 @@ def test_decay_per_update(setting, images_per_step, steps, epochs, decay):
 def test_the_average_by_hand():
     """Decay 0.9: the first update copies, then 0.9 of the average and 0.1 of the model."""
     model = Scalar(50)
-    ema = ema_of(model, "--model-ema-decay", "0.9", "--model-ema-steps", "1", "--epochs", "1")
-    ema.begin_epoch(0, images_per_step=1)
+    ema = ema_of(model, "--model-ema-decay", "0.9", "--model-ema-steps", "1")
+    ema.begin_epoch(images_per_step=1, num_epochs=1, warming_up=False)
     for value, average in ((1, 1.0), (2, 1.1), (3, 1.29), (11, 2.261)):
         model.set(value)
         ema.update(model)
@@ -65,8 +65,8 @@ def test_the_average_by_hand():
 
 def test_a_smaller_decay_for_larger_batches():
     model = Scalar(1)
-    ema = ema_of(model, "--model-ema-decay", "0.9", "--model-ema-steps", "2", "--epochs", "4")
-    ema.begin_epoch(0, images_per_step=10)  # 1 - 0.1 * 10 * 2 / 4
+    ema = ema_of(model, "--model-ema-decay", "0.9", "--model-ema-steps", "2")
+    ema.begin_epoch(images_per_step=10, num_epochs=4, warming_up=False)  # 1 - 0.1 * 10 * 2 / 4
     ema.update(model)
     model.set(3)
     ema.update(model)
@@ -74,15 +74,14 @@ def test_a_smaller_decay_for_larger_batches():
 
 
 def test_warm_up_copies_and_the_average_begins_after_it():
-    flags = ["--model-ema-decay", "0.9", "--model-ema-steps", "1", "--epochs", "10", "--lr-warmup-epochs", "2"]
     model = Scalar(0)
-    ema = ema_of(model, *flags)
-    for epoch, value in ((0, 1), (0, 2), (1, 5)):
-        ema.begin_epoch(epoch, images_per_step=5)  # 0.95
+    ema = ema_of(model, "--model-ema-decay", "0.9", "--model-ema-steps", "1")
+    for value in (1, 2, 5):
+        ema.begin_epoch(images_per_step=5, num_epochs=10, warming_up=True)  # 0.95
         model.set(value)
         ema.update(model)
         assert held(ema) == (value, value, value)
-    ema.begin_epoch(2, images_per_step=5)
+    ema.begin_epoch(images_per_step=5, num_epochs=10, warming_up=False)
     for value, average in ((7, 7.0), (27, 8.0)):
         model.set(value)
         ema.update(model)
@@ -102,8 +101,8 @@ def test_the_average_is_apart_from_the_model():
 
 def test_batch_norm_statistics_are_averaged_and_its_counter_copied():
     model = small_model()
-    ema = ema_of(model, "--model-ema-decay", "0.75", "--model-ema-steps", "1", "--epochs", "1")
-    ema.begin_epoch(0, images_per_step=1)
+    ema = ema_of(model, "--model-ema-decay", "0.75", "--model-ema-steps", "1")
+    ema.begin_epoch(images_per_step=1, num_epochs=1, warming_up=False)
     norm, averaged = model[1], ema.module[1]
     for number, value in ((1, 4.0), (2, 8.0)):
         norm.running_mean.fill_(value)

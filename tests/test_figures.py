@@ -6,11 +6,13 @@ import os
 import re
 
 import altair
+import numpy as np
 import pytest
 import study_rows
+from PIL import Image
 from programs import ROOT
 
-from Graphs import draw, studies
+from Graphs import draw, sizes, studies
 from Graphs.figure import as_element, vl_version
 from Graphs.figures import SCHEDULE, all_figures
 from Graphs.marks import filled, with_table
@@ -256,6 +258,26 @@ def test_magnitudes_are_drawn_by_size_and_scale(results):
     assert all(row["n"] == 3 for row in lines)
 
 
+def test_times_that_were_meant_to_be_equal_are_seen_from_near(tmp_path, results):
+    def domain(folder, name):
+        (x,) = {json.dumps(layer["encoding"]["x"]["scale"]["domain"]) for layer in flat(specification(folder, name)) if layer.get("mark", {}).get("type") == "circle"}  # fmt: skip
+        return json.loads(x)
+
+    rows = [
+        study_rows.row(name, seed, 40 + seed, 300.0 + 10 * seed)
+        for name in ("fixed", "equal compute")
+        for seed in range(2)
+    ]
+    write_rows(f"{tmp_path}/schedules_small.csv", rows)
+    assert [figure.name for figure in all_figures(str(tmp_path))] == [
+        "schedule",
+        "schedules_small_time",
+        "schedules_small",
+    ]
+    assert domain(str(tmp_path), "schedules_small_time") == pytest.approx([0.95 * 5, 1.05 * 310 / 60])
+    assert domain(results, "reproduce_small_time")[0] == 0
+
+
 def test_accuracy_on_images_that_chose_nothing_comes_first(results):
     points = next(rows for mark, rows in values(specification(results, "transfer_small")) if mark == "circle")
     rows = read_rows(f"{results}/transfer_small.csv")
@@ -286,6 +308,14 @@ def test_the_schedule_shows_each_stage_s_images_as_large_as_they_are():
     assert "0.56 of their arithmetic" in text and "RandAugment 11.67" in text and "dropout 0.1667" in text
     images = {row["url"] for mark, rows in values(chart) if mark == "image" for row in rows}
     assert len(images) == 8 and all(image.startswith("data:image/jpeg;base64,") for image in images)
+
+
+def test_the_picture_of_augment_size_is_what_the_presets_do_now():
+    with Image.open(sizes.PICTURE) as kept:
+        kept, drawn = (np.asarray(image).astype(int) for image in (kept, sizes.draw()))
+    assert kept.shape == drawn.shape and np.abs(kept - drawn).mean() < 3, "make graphs"  # which JPEG changes
+    apart = drawn[:, 2 * drawn.shape[1] // 3 :]
+    assert all(part.mean() > 1 for part in np.split(apart, len(sizes.SHOWN)))
 
 
 def flat(chart):

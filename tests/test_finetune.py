@@ -18,7 +18,7 @@ from images.store_place import store_side
 from learning.ema import EMA
 from learning.learner import Learner
 from learning.models import Classifier, build_model, build_on_meta, tuned_layers
-from learning.optim import learning_rate_schedule
+from learning.optim import LearningRate
 from learning.rehearse import rehearse
 from presets import eval_preset, finetune_preset, resize_for
 from settings.errors import ConfigError
@@ -57,19 +57,23 @@ def test_its_size_is_the_test_size_unless_another_is_given():
     assert plan_stages(resolve(flags))[-1].image_size == 112
     other = resolve([*flags, "--finetune-size", "100"])
     assert plan_stages(other)[-1].image_size == 100
-    (told,) = doubts(other)
+    (told,) = doubts(other, span=90)
     assert (
         told
         == "finetune_size 100 with val_crop_size 112: the classifier is fitted to another size than it is evaluated at"
     )
-    assert doubts(resolve([*flags, "--finetune-size", "112"])) == []
+    assert doubts(resolve([*flags, "--finetune-size", "112"]), span=90) == []
 
 
 def test_the_learning_rate_is_the_schedule_s_and_then_a_twentieth_or_as_given():
     flags = "--epochs 2 --finetune-epochs 3 --lr 0.4 --lr-scheduler exponentiallr --lr-gamma 0.5".split()
-    rate = learning_rate_schedule(resolve(flags))
+
+    def schedule(flags):
+        return LearningRate(resolve(flags), plan_stages(resolve(flags)))
+
+    rate = schedule(flags)
     assert [rate(epoch) for epoch in range(5)] == pytest.approx([0.4, 0.2, 0.02, 0.02, 0.02])
-    assert learning_rate_schedule(resolve([*flags, "--finetune-lr", "0.003"]))(2.5) == 0.003
+    assert schedule([*flags, "--finetune-lr", "0.003"])(2.5) == 0.003
 
 
 def test_the_store_serves_its_size():
@@ -253,7 +257,7 @@ def test_metrics_summary_and_report_have_it_as_a_stage(whole):
     seconds = sum(record["epoch_seconds"] for record in records[:3])
     assert summary["speedup_over_fixed_size"] == pytest.approx(72 / at_last / seconds)
     page = (folder / "report.html").read_text()
-    assert "2 finetune" in page and "5 of 5 epochs" in page and "of training at 40 px throughout" in page
+    assert "2 finetune" in page and "5 of 5 epochs" in page and "of 3 epochs at 40 px throughout" in page
     assert (folder / "report" / "stage_2.png").exists()
 
 

@@ -197,7 +197,9 @@ def test_casts_are_taken_together_in_half_precision_only():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("flags", ["--amp --channels-last", "--amp --amp-dtype float16 --opt adamw", ""])
+@pytest.mark.parametrize(
+    "flags", ["--amp --channels-last", "--amp --amp-dtype float16 --opt adamw", "", "--amp --finetune-epochs 2"]
+)
 def test_a_run_with_graphs_has_the_bits_of_one_without(tree, tmp_path, flags):
     common = ["--device", "cuda", *STAGED, *STRONG, "--use-deterministic-algorithms", *flags.split()]
     for way in ("auto", "off"):

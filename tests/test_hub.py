@@ -15,12 +15,14 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
+from programs import SMALL, ranks
 from runs import assert_same_bits, checkpoint, make_tree, metrics, start
 
 from images import hub
 from images.datasets import ImageTree, load_data
 from images.loaders import augment_on
 from images.store_build import store_key
+from reporting.assessment import path_of
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from utils import Runtime
@@ -76,6 +78,7 @@ def parquet(tmp_path):
 def test_columns_by_type_classes_by_name_and_validation_for_val(parquet, capsys):
     data = load(parquet)
     assert data.classes == NAMES and data.train.targets.tolist() == [0, 1, 0, 1] and len(data.val) == 4
+    assert path_of(data.train, 2) == f"row 2 of {parquet}, split train"
     image, target = data.train[3]
     assert (image.mode, image.size, target) == ("RGB", (20, 16), 1)
     assert image.getpixel((5, 5)) == pytest.approx((30, 90, 200), abs=3)
@@ -133,6 +136,11 @@ def test_slices_of_the_only_split(tmp_path):
     assert [len(data.train), len(data.val)] == [2, 2]
     assert data.val[0][0].getpixel((5, 5))[0] == pytest.approx(20, abs=3)
     assert data.train.fingerprint() != data.val.fingerprint()
+
+
+def test_one_split_for_both_is_doubted(parquet, capsys):
+    assert len(load(parquet, "--val-split", "train").val) == 4
+    assert "warning: training and validation images are one split, train" in capsys.readouterr().out
 
 
 # ---- training ----
@@ -228,6 +236,17 @@ def test_damaged_rows_are_left_out_and_listed(damaged, tmp_path):
     images = load(damaged, "--on-bad-image", "skip").train
     assert images.targets.tolist() == [0, 1, 1, 0] and images[3][0].getpixel((5, 5))[0] == pytest.approx(40, abs=3)
     assert store_key(images, 64) != store_key(load(damaged).train, 64)
+
+
+def test_two_processes_have_the_same_rows(damaged, tmp_path):
+    flags = [*SMALL, "--dataset", "hub", "--data-path", damaged, "--on-bad-image", "skip", "--epochs", "1", "--batch-size", "2"]  # fmt: skip
+    env = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "TORCH_HOME": str(tmp_path / "torch")}
+    done = ranks(2, tmp_path, *flags, "--output-dir", tmp_path / "run", env=env)
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "4 training and 6 validation images of 2 classes; 2 left out" in done[0].stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (record,) = metrics(tmp_path / "run")
+    assert summary["processes"] == 2 and record["images_per_second"] * record["epoch_seconds"] == pytest.approx(4)
 
 
 def test_a_class_of_which_no_image_can_be_read_is_an_error(tmp_path):

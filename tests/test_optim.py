@@ -10,16 +10,18 @@ from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialLR, LinearLR, SequentialLR, StepLR
 from torchvision.models import get_model
 
-from learning.optim import build_optimizer, learning_rate_schedule, parameter_groups, set_learning_rate
+from learning.optim import LearningRate, build_optimizer, parameter_groups, set_learning_rate
 from learning.state import RunState
 from learning.stop import Stop
 from settings.resolve import resolve
+from stages import plan_stages
 from train import train_one_epoch
 from utils import Runtime
 
 
 def schedule(flags):
-    return learning_rate_schedule(resolve(flags.split()))
+    config = resolve(flags.split())
+    return LearningRate(config, plan_stages(config))
 
 
 def on_meta(name):
@@ -136,7 +138,7 @@ def rates_of_one_epoch(flags, epoch, steps=4):
     learner = SimpleNamespace(runtime=runtime, ema=None, train=lambda: None, model=None, optimizer=optimizer, step=step)
     progress = SimpleNamespace(title="a test", step=lambda step, losses: None)
     assert train_one_epoch(
-        learner, Loader(), RunState(epoch=epoch), learning_rate_schedule(config), progress, Stop(runtime)
+        learner, Loader(), RunState(epoch=epoch), LearningRate(config, plan_stages(config)), progress, Stop(runtime)
     )
     return rates
 
@@ -154,6 +156,46 @@ def test_the_learning_rate_follows_the_schedule_at_every_step_if_asked():
     assert rates == pytest.approx(
         [0.25, 0.154329, 0.073223, 0.019030], rel=1e-4
     )  # cos of 90, 112.5, 135, 157.5 degrees
+
+
+# Two stages of 64 px and one of 128, of 4, 4 and 2 epochs: 1/4 of the compute in each of the first two, 1/2 in the last.
+CLOCK = (
+    "--lr 0.8 --lr-clock compute --lr-update step --stages 3 --stage-epochs 4 4 2 --train-crop-size 64 64 128 "
+    "--lr-warmup-epochs 2 --lr-warmup-method linear --lr-warmup-decay 0 --lr-scheduler cosineannealinglr"
+)
+
+
+def test_the_compute_clock_by_hand():
+    """Ten epochs on the clock are all of the compute: one of it is 1.6 epochs at 64 px, 0.4 at 128 px."""
+    at = schedule(CLOCK)
+    assert at(1.6) == pytest.approx(0.4)  # 1/10 of the compute, half of warm-up
+    assert at(3.2) == pytest.approx(0.8)  # 2/10: its end
+    assert at(6.4) == pytest.approx(0.682843)  # 4/10, a quarter of the cosine: 0.8 (1 + cos 45 degrees) / 2
+    assert at(8.4) == pytest.approx(0.4)  # 6/10, in the last stage: half
+    assert at(9.2) == pytest.approx(0.117157, rel=1e-5)  # 8/10: 0.8 (1 + cos 135 degrees) / 2
+    assert at.warming_up(3.0) and not at.warming_up(3.2)
+
+
+def test_falls_on_the_compute_clock_come_by_passes_at_the_last_size():
+    """Equal compute: 8 epochs at 64 px and 2 at 128 px are 4 at 128 px, of which each step of 1 is a half stage."""
+    flags = "--lr 0.1 --lr-step-size 1 --lr-gamma 0.5 --lr-clock compute --epochs 4 --stages 2 --stage-rule compute"
+    at = schedule(flags + " --train-crop-size 64 128")
+    assert at.num_epochs == 10 and at.span == 4
+    expected = {0: 0.1, 3: 0.1, 4: 0.05, 7: 0.05, 8: 0.025, 9: 0.0125}
+    assert {epoch: at(epoch) for epoch in expected} == pytest.approx(expected)
+
+
+def test_the_epochs_clock_ends_with_the_stages_of_equal_compute():
+    at = schedule(
+        COSINE.replace("--epochs 2", "--epochs 4") + " --stages 2 --stage-rule compute --train-crop-size 64 128"
+    )
+    assert at.span == 10 and at(5) == pytest.approx(0.25)  # half of 0.5 after half of the epochs trained
+
+
+def test_the_batch_size_of_a_stage_moves_nothing_on_the_compute_clock():
+    """A step begins at its share of the epoch's images: the second of two where the third of four does."""
+    (first, second), four = (rates_of_one_epoch(CLOCK, epoch=8, steps=steps) for steps in (2, 4))
+    assert [first, second] == [four[0], four[2]] and four[1] != first
 
 
 PAPER = (

@@ -95,6 +95,24 @@ def test_nearest_pixels_are_those_of_the_whole_image(jpeg, mode):
     assert np.array_equal(ours, theirs) == (mode == "nearest") and np.abs(ours - theirs).mean() < 1.5
 
 
+@pytest.mark.parametrize("backend", ["pil", "tensor"])
+@pytest.mark.parametrize("policy", [None, "ra", "ta_wide"])
+def test_crop_and_policy_at_augment_size_are_reduced_before_normalising(backend, policy):
+    """The same draws as a preset of that size makes, then torchvision's reduction; other pixels than at the stage's size."""
+    image, given = noise(80, 100), dict(auto_augment=policy, ra_magnitude=15, backend=backend)
+    ours = train_preset(image_size=24, augment_size=60, **given)
+    whole, direct = train_preset(image_size=60, **given), train_preset(image_size=24, **given)
+    differ = 0
+    for seed in range(8):
+        mine = seeded(seed, ours, image)
+        assert mine.shape == (3, 24, 24)
+        reduced = v1.functional.resize(pixels.denormalise(seeded(seed, whole, image)), [24, 24], antialias=True)
+        away = (pixels.denormalise(mine).int() - reduced.int()).abs()
+        assert away.max() <= 1  # PIL rounds where torch does not
+        differ += (pixels.denormalise(seeded(seed, direct, image)).int() - reduced.int()).abs().float().mean() > 2
+    assert differ >= (5 if policy else 1)
+
+
 def test_normalising_keeps_torchvision_s_bits():
     image = noise(30, 20)
     steps = [v1.PILToTensor(), v1.ConvertImageDtype(torch.float32)]

@@ -59,6 +59,28 @@ def test_a_run_augmented_in_batches_resumes_to_the_same_bits(whole, tmp_path, mo
     assert yaml.safe_load((whole[0] / "config.yaml").read_text())["augment_on"] == "worker"  # auto, resolved
 
 
+def test_stages_of_equal_compute_resume_to_the_same_bits(whole, tmp_path, monkeypatch):
+    """Four epochs of three steps, then two of six, the learning rate following compute: cut within both stages."""
+    flags = (
+        "--stages 2 --stage-rule compute --epochs 4 --train-crop-size 32 48 --batch-size 8 4 --augment-size 56 --auto-augment "
+        "ra --lr-clock compute --lr-update step --lr-scheduler cosineannealinglr --lr-warmup-epochs 1 --model-ema "
+        "--model-ema-steps 1"
+    ).split()
+    tree = whole[1]
+    assert start(tree, tmp_path / "whole", *flags) == 0
+    for at_call, left in ((7, (1, 3)), (13, (4, 4))):  # calls at each step and each end of an epoch
+        with monkeypatch.context() as patch:
+            cut(patch, at_call)
+            assert start(tree, tmp_path / "cut", *flags, "--resume", "auto") == 3
+        state = checkpoint(tmp_path / "cut")["state"]
+        assert (state["epoch"], state["step"]) == left
+    assert start(tree, tmp_path / "cut", *flags, "--resume", "auto") == 0
+    for part in ("model", "model_ema", "optimizer", "ema_updates"):
+        assert_same_bits(checkpoint(tmp_path / "cut")[part], checkpoint(tmp_path / "whole")[part])
+    rates = [[record["lr"] for record in metrics(tmp_path / name)] for name in ("cut", "whole")]
+    assert rates[0] == rates[1] and len(rates[0]) == 6
+
+
 def test_a_crash_inside_an_epoch_costs_that_epoch_and_no_bit(whole, tmp_path, monkeypatch):
     folder, tree = whole
     out, steps, step = tmp_path / "crash", [0], Learner.step

@@ -224,7 +224,7 @@ def test_grey_images_with_folders_of_other_names(tmp_path):
     "flags",
     [
         "--amp --channels-last", "--amp --amp-dtype float16 --opt sgd", "--compile", "--augment-on worker --opt adamw",
-        "--decode-cache off --workers 2",
+        "--decode-cache off --workers 2", "--amp --channels-last --finetune-epochs 2 --model-ema",
     ],
 )  # fmt: skip
 def test_stages_on_a_gpu(tree, tmp_path, flags):

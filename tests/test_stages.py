@@ -9,7 +9,7 @@ from learning.cost import gflops_per_image
 from learning.models import build_on_meta
 from settings.errors import ConfigError
 from settings.resolve import resolve
-from stages import make_plan, plan_stages, released_image_size, stage_value
+from stages import Plan, equal_compute, make_plan, plan_stages, released_image_size, stage_value
 from train import run
 
 
@@ -111,6 +111,61 @@ def test_every_epoch_belongs_to_one_stage(flags, lengths):
     stages = plan(*flags)
     assert [len(s.epochs) for s in stages] == lengths
     assert [e for s in stages for e in s.epochs] == list(range(sum(lengths)))
+
+
+EFFICIENTTRAIN = [96, 96, 160, 160, 160, 160, 224, 224, 224, 224]
+
+
+def test_equal_compute_is_the_recipe_of_efficienttrain():
+    """20 passes at 224 px are 108.9 at 96 px and 39.2 at 160 px."""
+    config = resolve(["--config", "configs/imagenet_r50_efficienttrain.yaml"])
+    stages = plan_stages(config)
+    assert [stage.image_size for stage in stages] == EFFICIENTTRAIN
+    assert [len(stage.epochs) for stage in stages] == [109, 109, 39, 39, 39, 39, 20, 20, 20, 20]
+    assert config.epochs == 200 and [stage.ra_magnitude for stage in stages] == list(range(10))
+    plan = make_plan(config)
+    assert plan.num_epochs == 454 and plan.relative_cost == pytest.approx(1.0, abs=0.03)
+    told = str(plan).splitlines()
+    assert "of 200 epochs at 224 px throughout, in multiply-adds (0.998 by area)" in told[-1]
+    assert told[1].split()[-2] == "20.02" and told[3].split()[-2] == "19.9"  # 109 * (96 / 224)^2, 39 * (160 / 224)^2
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))).relative_cost == plan.relative_cost
+
+
+@pytest.mark.parametrize(
+    ("epochs", "sizes", "passes"),
+    [
+        (12, [64, 96, 128], [16, 7, 4]),  # 16, 7.1, 4
+        (10, [64, 64, 64, 64], [3, 3, 2, 2]),  # 2.5 each, and 10 together, as by the other rules
+        (14, [64, 64, 64, 64], [3, 3, 4, 4]),  # 3.5 each
+        (4, [64, 128], [8, 2]),
+        (2, [128, 64], [1, 1]),  # a quarter of a pass is one
+        (7, [64, 64, 96, 128], [7, 7, 3, 2]),  # 7, 7, 3.1, 1.75: together 7.2
+        (6, [64, 64, 96, 128], [6, 6, 3, 1]),  # 6, 6, 2.7, 1.5: with 2 in the last they would be 6.7
+    ],
+)
+def test_passes_of_equal_compute_by_hand(epochs, sizes, passes):
+    assert equal_compute(epochs, sizes) == passes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--stages 2 --stage-rule compute --stage-epochs 3 4", "leave one of them out"),
+        ("--stage-rule compute", "stage_rule compute has no effect with stages 1"),
+        ("--lr-clock compute", "lr_clock compute has no effect with stages 1"),
+        ("--stages 4 --epochs 3 --stage-rule compute", "4 stages need at least 4 epochs"),
+    ],
+)
+def test_equal_compute_refuses_what_cannot_be(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(flags.split())
+
+
+def test_a_run_may_start_within_the_epochs_of_equal_compute_and_not_beyond():
+    flags = "--model efficientnet_v2_tiny --stages 2 --epochs 4 --stage-rule compute --train-crop-size 32 64".split()
+    assert make_plan(resolve([*flags, "--start-epoch", "9"])).num_epochs == 10
+    with pytest.raises(ConfigError, match="start_epoch 10 is not below the 10 epochs"):
+        make_plan(resolve([*flags, "--start-epoch", "10"]))
 
 
 def test_drop_rates_and_randaugment_are_absent_unless_asked_for():

@@ -63,6 +63,7 @@ def varied(tmp_path):
         ("--train-crop-size 128 --val-resize-size 256 --val-crop-size 224", 256),
         ("--stages 4 --epochs 4 --train-crop-size 128 300 --val-resize-size 384 --val-crop-size 384", 600),
         ("--train-crop-size 64 --val-resize-size 256 --val-crop-size 224", 256),  # evaluation needs more
+        ("--train-crop-size 64 --augment-size 160 --val-resize-size 64 --val-crop-size 64", 320),
         ("--train-crop-size 100 --val-resize-size 75 --val-crop-size 25", 300),  # at 100 px it resizes to 300
     ],
 )

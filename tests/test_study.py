@@ -160,6 +160,8 @@ STUDIES = {  # conditions, seeds; the original study's limits and the controls i
     "image_size_small": (["64 → 128", "64 → 96", "96 → 128", "64 → 160", "96 → 160", "128 → 160", "128 throughout"], 3),
     "ra_magnitude_small": (9, 3),
     "transfer_small": (25, 3),
+    "schedules": (["fixed", "EfficientNetV2", "released rule", "EfficientTrain++", "equal compute, growing strengths"], 5),
+    "schedules_small": (["fixed", "EfficientNetV2", "released rule", "EfficientTrain++", "equal compute, growing strengths"], 5),
     "staged_192px": (["progressive", "fixed", "fixed, same time"], 3),
     "class_weights": (["none", "effective number", "inverse frequency"], 5),
     "class_weights_small": (["none", "effective number"], 4),

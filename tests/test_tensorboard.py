@@ -3,12 +3,15 @@
 import importlib.util
 import io
 import json
+import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from programs import ROOT
 from runs import metrics, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
@@ -17,6 +20,8 @@ from learning.learner import Learner
 from reporting.folder import RunFolder
 from reporting.log import Dashboard
 from tracking.dashboard import Dashboards
+from tracking.report import RunReport
+from tracking.tensorboard import Events
 
 STAGED = "--stages 2 --epochs 4 --train-crop-size 32 48 --dropout 0.1 0.4 --model-ema --model-ema-steps 1".split()
 
@@ -72,6 +77,23 @@ def test_each_stage_s_picture_at_its_beginning(shown):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.encoded_image_string))), kept)
 
 
+def test_the_worst_mistakes_are_pictures_and_the_curves_too(shown, tmp_path):
+    folder, events = shown
+    assert {"ROC/best", "reliability/best"} <= set(events.Tags()["images"])
+    copied = RunFolder(str(shutil.copytree(folder, tmp_path / "run")))
+    mistake = {"index": 3, "true": "ant", "predicted": "bee", "probability": 0.987, "path": None}
+    copied.write_assessment({"mistakes": [mistake]})
+    copied.write_mistake(0, Image.new("RGB", (20, 10), "red"))
+    told = Events(copied.at("again/tensorboard"), {})
+    report = RunReport(copied, told)
+    report.mistakes()
+    report.mistakes()
+    told.writer.close()
+    (picture,) = read(tmp_path / "run" / "again").Images("worst_mistakes/1_ant_taken_for_bee_98.7")
+    assert Image.open(io.BytesIO(picture.encoded_image_string)).size == (20, 10)
+    assert picture.step == copied.summary()["best_epoch"]
+
+
 def test_plan_settings_and_accuracy_per_class_are_text(shown):
     _, events = shown
     heads, _, *rows = text(events, "plan/stages").splitlines()
@@ -98,11 +120,23 @@ def test_the_outcome_and_the_hyperparameters_it_is_compared_by(shown):
     start = metadata.parse_session_start_info_plugin_data(told[metadata.SESSION_START_INFO_TAG].plugin_data.content)
     assert start.hparams["lr"].number_value == 0.01 and start.hparams["dropout"].string_value == "[0.1, 0.4]"
     assert start.hparams["model"].string_value == "efficientnet_v2_tiny"
+    assert start.hparams["model_ema"].string_value == "true"
     kept = yaml.safe_load((folder / "config.yaml").read_text())
     assert set(start.hparams) == set(kept)
     compared = metadata.parse_experiment_plugin_data(told[metadata.EXPERIMENT_TAG].plugin_data.content).metric_infos
     assert "final/top1" in {metric.name.tag for metric in compared}
     assert metadata.SESSION_END_INFO_TAG in told
+
+
+def test_it_takes_all_that_a_report_tells(shown):
+    """ClearML's logger has more methods than are called."""
+    called = set(re.findall(r"self\.logger\.(\w+)", (ROOT / "tracking" / "report.py").read_text()))
+    assert len(called) >= 6 and all(hasattr(Events, name) for name in called)
+    folder, events = shown
+    tags = events.Tags()["images"]
+    mistakes = json.loads((folder / "report" / "best.json").read_text())["mistakes"]
+    assert sum(tag.startswith("worst_mistakes/") for tag in tags) == len(mistakes)
+    assert "ROC/best" in tags and all(re.fullmatch(r"[-/\w.]+", tag) for tag in tags)
 
 
 def test_a_resumed_run_tells_nothing_twice(shown, images, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A run opened for use: its weights, classes, preprocessing, and what is said where there is none."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def test_last_weights_and_temperature(run, tmp_path):
     try:
         (run / "summary.json").write_text(json.dumps(summary | {"calibration": {"temperature": 1.5}}))
         assert open_run(str(run), device="cpu").temperature == 1.5
+        assert open_run(str(run), device="cpu", weights="last").temperature == 1.0  # it is that of the best
         (run / "summary.json").unlink()
         assert "not finished" in str(open_run(str(run), device="cpu"))
     finally:
@@ -61,6 +63,16 @@ def test_what_is_no_run_is_said_in_a_line(run, tmp_path):
     (tmp_path / "model_best.pth").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="not a file of weights"):
         open_run(str(tmp_path), device="cpu")
+
+
+def test_weights_of_more_classes_than_have_names(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    plan = json.loads((run / "report" / "plan.json").read_text())
+    (tmp_path / "run" / "report" / "plan.json").write_text(json.dumps(plan | {"classes": ["ant"]}))
+    with pytest.raises(
+        ConfigError, match=r"have 2 outputs \(classifier.1.weight\), its report/plan.json names 1 classes"
+    ):
+        open_run(str(tmp_path / "run"), device="cpu")
 
 
 def test_a_googlenet_from_random_weights_takes_images_as_in_its_training():

@@ -6,6 +6,7 @@ resumed run has no epoch twice, one that was killed has lost none, and TensorBoa
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from settings.table import Config
 from settings.values import as_text
 from stages import Stage
 from tracking.deadline import never_fatal
-from tracking.report import SINGLE_VALUES, RunReport
+from tracking.report import OF_BEST, OF_CALIBRATION, SINGLE_VALUES, RunReport
 
 Told = tuple[str, int]  # tag and step
 
@@ -98,6 +99,7 @@ class TensorBoard(Dashboard):
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self.events is not None:
             with never_fatal("what the run came to is not shown", "TensorBoard"):
+                self.report.pictures()
                 self.report.outcome()
                 self.events.close(self.finished)
 
@@ -123,10 +125,9 @@ class Events:
         """Write the settings as hyperparameters, by which the page compares runs in what they came to."""
         from torch.utils.tensorboard.summary import hparams
 
-        flat = {
-            name: value if isinstance(value, bool | int | float) else as_text(value) for name, value in values.items()
-        }
-        *begin, self.end = hparams(flat, dict.fromkeys(map(single_tag, SINGLE_VALUES)))
+        flat = {name: value if type(value) in (int, float) else as_text(value) for name, value in values.items()}
+        compared = map(single_tag, (*SINGLE_VALUES, *OF_BEST, *OF_CALIBRATION))
+        *begin, self.end = hparams(flat, dict.fromkeys(compared))
         for summary in begin:
             self.writer.file_writer.add_summary(summary)
         self.report_table(
@@ -172,7 +173,8 @@ class Events:
 
     def new(self, title: str, series: str, iteration: int) -> Told | None:
         """Note that a series is told at an iteration; return its tag and step, None if that was told."""
-        told = f"{title}/{series}".replace(",", "").replace(" ", "_"), iteration  # as TensorBoard would, with a warning
+        # Other characters would be replaced all the same, and that be said
+        told = re.sub(r"[^-/\w.]+", "_", f"{title}/{series}").strip("_"), iteration
         if told in self.told:
             return None
         self.told.add(told)
