@@ -38,6 +38,7 @@ def render_card(
     )
     environment.filters["text"] = as_text
     folder, summary = trained.folder, trained.folder.summary()
+    calibrated = calibration(summary) if summary else ""
     return environment.get_template("card.md.j2").render(
         front=yaml.safe_dump(front_matter(trained, about, compared), sort_keys=False, allow_unicode=True),
         options=options,
@@ -52,7 +53,7 @@ def render_card(
         stages=stage_table(folder.plan(), folder.metrics()),
         accuracy=accuracy_table(summary) if summary else None,
         by_class=class_table(summary) if summary else None,
-        said=[verdict(summary), calibration(summary)] if summary else [],
+        said=[verdict(summary) if summary else "", f"Calibration: {calibrated}" if calibrated else ""],
     )
 
 
