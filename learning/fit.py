@@ -34,7 +34,7 @@ from utils import Runtime
 if TYPE_CHECKING:
     from stages import Stage, StageScheduler
 
-RESERVE = 0.04  # of the time from the measuring on: by so much a run may be slower than its first steps
+RESERVE = 0.05  # of the time from the measuring on: by so much a run may be slower than its first steps
 MEASURING = 0.04  # of the time left may go into measuring
 PAGES = 0.025  # of training on a CPU: report.html is drawn once a minute, which takes one or two seconds
 ASSESSING = 1.5  # seconds before that: calibration, mistakes; the speed of inference takes SHARE of training

@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # small models: a second thread waits more than it wor
 # end, so that no process of the tests waits long for the other. Tests of a file stay together (pyproject.toml): they
 # share runs.
 FIRST = """tracking upload benchmarks gpu_benchmark cuda_without_gpu processes predict queue agents docs faults sweep dashboard export resume run
-stage_effects store config""".split()
+stage_effects fit store config""".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -97,6 +97,20 @@ def test_workers_send_crops_as_they_come(tree):
         assert targets.tolist() == [0, 0] and choices.shape == (2, BatchPreset.CHOICES)
 
 
+def test_batches_are_cropped_at_augment_size_and_come_at_the_stage_s(tree):
+    """Out of files and out of a store: what is cropped at 24 px is reduced to 16 after RandAugment."""
+    flags = ["--data-path", str(tree), "--workers", "0", "--augment-on", "device", "--train-crop-size", "16"]
+    config = resolve([*flags, "--augment-size", "24", "--auto-augment", "ra"])
+    (stage,) = plan_stages(config)
+    for images in (load_data(config, CPU), with_store(config, load_data(config, CPU), CPU)):
+        source = train_loader(config, images, CPU, stage).source
+        crops, _, choices = source.dataset.__getitems__([(0, 3, 0), (0, 5, 0)])
+        assert crops.shape == (2, 3, 24, 24)
+        (_, batch, _), *_ = loaded(train_loader(config, images, CPU, stage), 0)
+        assert batch.shape[1:] == (3, 16, 16)
+        assert torch.equal(source.samples([(0, 3, 0), (0, 5, 0)]), source.preset.finish(crops, choices))
+
+
 def test_files_and_stores_are_cropped_alike_by_workers(tree):
     flags = ["--data-path", str(tree), "--workers", "0", "--augment-on", "device", "--train-crop-size", "16"]
     config = resolve([*flags, "--batch-size", "5"])

@@ -8,7 +8,7 @@ import torch
 from loading import CPU, Colours, assert_same, loaded, loader, loader_of
 from PIL import Image
 
-from images import loaders
+import presets
 from images.datasets import Data, ImageTree, load_data
 from images.loaders import eval_loader, sample_grid, train_loader
 from images.order import DrawSampler
@@ -180,8 +180,8 @@ def test_evaluation_keeps_order_and_the_short_last_batch(tree):
     [(224, 256, 224, 256), (224, 256, 112, 128), (384, 384, 300, 300), (224, 256, 300, 343), (32, 36, 16, 18)],
 )
 def test_other_sizes_are_resized_in_proportion(tree, monkeypatch, crop, resize, size, expected):
-    asked, preset = [], loaders.eval_preset
-    monkeypatch.setattr(loaders, "eval_preset", lambda **kwargs: (asked.append(kwargs), preset(**kwargs))[1])
+    asked, preset = [], presets.eval_preset
+    monkeypatch.setattr(presets, "eval_preset", lambda **kwargs: (asked.append(kwargs), preset(**kwargs))[1])
     flags = ["--data-path", str(tree), "--workers", "0", "--val-crop-size", str(crop), "--val-resize-size", str(resize)]
     config = resolve(flags)
     one = eval_loader(config, load_data(config, CPU), CPU, size)

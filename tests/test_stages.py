@@ -7,9 +7,10 @@ import pytest
 from learning import cost
 from learning.cost import gflops_per_image
 from learning.models import build_on_meta
+from learning.rules import equal_compute, released_image_size, stage_value
 from settings.errors import ConfigError
 from settings.resolve import resolve
-from stages import Plan, equal_compute, make_plan, plan_stages, released_image_size, stage_value
+from stages import Plan, make_plan, plan_stages
 from train import run
 
 
