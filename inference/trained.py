@@ -103,7 +103,7 @@ def open_run(
         folder=folder,
         config=config,
         classes=classes,
-        model=model.eval(),
+        model=as_trained(model, published=values.get("weights") is not None).eval(),
         runtime=runtime,
         image_size=image_size or config.val_crop_size,
         weights=which,
@@ -132,3 +132,15 @@ def weights_of(folder: RunFolder, config: Config, which: str) -> tuple[dict[str,
         average or checkpoint.model,
         f"last weights{' (EMA)' if average else ''}, after epoch {checkpoint.state.epoch}",
     )
+
+
+def as_trained(model: nn.Module, published: bool) -> nn.Module:
+    """Undo what a GoogLeNet or Inception does to its images when it is built with weights, if it was trained without.
+
+    It then expects published weights, which began on images normalised otherwise; so does `build_model`.
+
+    published: the run began with weights
+    """
+    if hasattr(model, "transform_input"):
+        model.transform_input = published  # type: ignore[assignment]
+    return model

@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # small models: a second thread waits more than it wor
 # The files whose tests take seconds, in the order in which they begin; all others are milliseconds, which fill up the
 # end, so that no process of the tests waits long for the other. Tests of a file stay together (pyproject.toml): they
 # share runs.
-FIRST = """tracking upload benchmarks gpu_benchmark cuda_without_gpu processes predict queue agents docs faults sweep dashboard resume run
+FIRST = """tracking upload benchmarks gpu_benchmark cuda_without_gpu processes predict queue agents docs faults sweep dashboard export resume run
 stage_effects fit store config""".split()
 
 

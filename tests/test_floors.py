@@ -16,10 +16,12 @@ FLOORS = [
     "reporting",
     "inference",
     "studies",
+    "exports",
     "tracking",
     "train",
     "sweep",
     "predict",
+    "export",
 ]
 
 
@@ -41,7 +43,7 @@ def imported(path):
     return names & {*FLOORS, "Graphs"}
 
 
-@pytest.mark.parametrize("module", ["utils", "presets", "stages", "train", "sweep", "predict"])
+@pytest.mark.parametrize("module", ["utils", "presets", "stages", "train", "sweep", "predict", "export"])
 def test_a_file_at_the_root_imports_from_the_floors_below_it(module):
     below = set(FLOORS[: FLOORS.index(module)])
     assert imported(ROOT / f"{module}.py") <= below
