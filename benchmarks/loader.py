@@ -9,7 +9,7 @@ worker        this program, every image decoded each time
 store-worker  from the decode-once store, transforms per image
 store-device  from the decode-once store, transforms per batch, on the device
 
-With --last-size the first of two stages is measured, in a store that is large enough for the last:
+With --last-size the first of two stages is measured, in a store that is large enough for the last, beside the reference:
 first-stage        as store-device, large crops out of the copies at half size
 first-stage-whole  the same, all crops out of whole images
 
@@ -146,7 +146,7 @@ def turn(
 
 def ways_of(args: argparse.Namespace) -> list[str]:
     """List the ways that are measured."""
-    return args.ways if args.last_size is None else list(FIRST_STAGE)
+    return args.ways if args.last_size is None else ["reference", *FIRST_STAGE]
 
 
 def compare(args: argparse.Namespace, tree: str) -> list[common.Measures]:
@@ -186,6 +186,7 @@ def compare(args: argparse.Namespace, tree: str) -> list[common.Measures]:
         if args.last_size is not None:
             key = "images_per_cpu_second" if row["images_per_cpu_second"] else "images_per_second"
             row["times_whole"] = common.ratio(rounds[way], rounds["first-stage-whole"], key)
+            row["way"] = way if way in FIRST_STAGE else f"first-stage-{way}"  # of other settings than with one stage
         rows.append(row)
     common.print_table(rows, {"way": "way", "images_per_second": "images/s", "images_per_cpu_second": "images/CPU s", "times_reference": "x reference", "times_whole": "x whole"})  # fmt: skip
     return rows
