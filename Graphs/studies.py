@@ -123,8 +123,8 @@ ESTIMATE = [
 ]  # fmt: skip
 
 
-def layered(*charts: alt.Chart, height: float = HEIGHT) -> alt.LayerChart:
-    return alt.LayerChart(layer=list(charts), width=WIDTH, height=height)
+def layered(*charts: alt.Chart, height: float = HEIGHT) -> alt.LayerChart:  # the axes of one without data would warn
+    return alt.LayerChart(layer=[chart for chart in charts if chart.data["values"]], width=WIDTH, height=height)
 
 
 # ---- charts ----

@@ -113,7 +113,7 @@ def test_the_figures_of_the_issue_come_with_their_rows(results):
         "schedule", "reproduce_small_time", "reproduce_small_epochs", "reproduce_small_throughput", "epochs_small",
         "epochs_small_time", "epochs_small_parallel", "dropout_small", "dropout_small_parallel", "image_size_small",
         "image_size_small_parallel", "ra_magnitude_small", "ra_magnitude_small_conditions",
-        "transfer_small",
+        "transfer_small", "schedules_small", "schedules_small_time",
     }  # fmt: skip
 
 
@@ -371,19 +371,30 @@ def test_a_study_without_rows_says_how_to_run_it(tmp_path):
 
 
 def test_the_story_with_rows_has_every_table_and_picture(tmp_path):
-    """Of the small studies, beside the runs that are kept and the study that sentences quote."""
+    """Of the small studies, beside the runs that are kept and the studies that sentences quote."""
     study_rows.write_all(tmp_path)
     for kept in (ROOT / "results").iterdir():
-        if kept.is_dir() or kept.name.startswith("staged_192px"):
+        if kept.is_dir() or kept.name.startswith(("staged_192px", "class_weights_small")):
             (tmp_path / kept.name).symlink_to(kept)
     story = draw.with_results("README.md", str(tmp_path))
-    assert story.count("Not run yet") == 0 and story.count("Not run at full size yet") == 8
+    assert story.count("Not run yet") == 0 and story.count("Not run at full size yet") == 9
     shown = re.findall(r"\(Graphs/([\w-]+)\.svg\)", story)
-    assert shown[0] == "reproduce_small_time" and len(shown) == 14
-    elsewhere = {"epochs_small_time", "staged_192px_epochs", "staged_192px_throughput"}  # the site's
+    assert shown[0] == "reproduce_small_time" and len(shown) == 15
+    elsewhere = {  # the site's
+        "epochs_small_time", "staged_192px_epochs", "staged_192px_throughput", "schedules_small", "class_weights_small",
+    }  # fmt: skip
     assert {*shown} == {figure.name for figure in all_figures(str(tmp_path))} - elsewhere
     results = draw.with_results(os.path.join("docs", "results.md"), str(tmp_path))
     assert "(../results/imagenette_b0_fixed/config.yaml)" in results
+
+
+def test_one_seed_has_no_interval_to_draw(tmp_path):
+    """An empty layer has the page complain of an axis that is infinitely long."""
+    study_rows.write_reproduce(tmp_path, seeds=1)
+    (figure,) = (one for one in all_figures(str(tmp_path)) if one.name == "reproduce_small_time")
+    assert not re.search(r'"[xy]": {"field": "low"', json.dumps(figure.specification()))
+    study_rows.write_reproduce(tmp_path, seeds=2)
+    assert re.search(r'"[xy]": {"field": "low"', json.dumps(figure.specification()))
 
 
 def test_a_data_set_of_transfer_is_compared_within_itself(results):
