@@ -11,20 +11,27 @@ Exit status: 0 written; 2 wrong input; 1 the rest, a refused file among it.
 """
 
 import sys
+from functools import partial
+
+from exports.options import read_options
+from settings import early
+
+read = partial(read_options, description=__doc__)
+if __name__ == "__main__":
+    early.answer(sys.argv[1:], read)  # help and mistakes, before torch is imported
+
 import traceback
 from collections.abc import Sequence
 
-from exports.options import read_options
-from settings.errors import ConfigError, RunError, first_line, tell
+from exports.make import export
+from settings.errors import ConfigError, RunError, first_line, outside_training, tell
 
 
 def main(argv: Sequence[str]) -> int:
-    """Export; return the exit status."""
-    debug = "--debug" in argv
+    """Export; return the exit status. What a user can mend is told in one line, without a traceback."""
+    options = None
     try:
-        options = read_options(argv, __doc__)
-        from exports.make import export  # brings torch, which takes seconds: mistakes are told before
-
+        options = read(argv)
         export(options)
         return 0
     except ConfigError as error:
@@ -34,10 +41,12 @@ def main(argv: Sequence[str]) -> int:
         tell(f"stopped: {str(error) or 'Ctrl-C'}; an export appears only when it is whole")
         return 1
     except Exception as error:
-        if debug:
+        if options is not None and options.debug:
             traceback.print_exc()
-        known = isinstance(error, RunError)
-        tell(f"error: {error if known else f'{type(error).__name__}: {first_line(error)}; --debug shows where'}")
+        if isinstance(error, RunError):
+            tell(f"error: {outside_training(error)}")
+        else:
+            tell(f"error: {type(error).__name__}: {first_line(error)}; --debug shows where")
         return 1
 
 

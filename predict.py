@@ -20,14 +20,13 @@ from settings import early
 if __name__ == "__main__":
     early.answer(sys.argv[1:], read_options)  # help and mistakes, before torch is imported
 
-import re
 import traceback
 from collections.abc import Sequence
 
 from inference.program import carry_out
 from learning.rehearse import is_out_of_memory
 from learning.stop import interruptible
-from settings.errors import ConfigError, RunError, first_line, tell
+from settings.errors import ConfigError, RunError, first_line, outside_training, tell
 from tracking.deadline import exit_now
 
 
@@ -56,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
 def told(error: Exception) -> str:
     """Say in one line what an error was and what helps."""
     if isinstance(error, RunError):
-        return re.sub(r"[;,] (then )?--resume auto continues$", "", str(error))  # that is of training
+        return outside_training(error)
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         return f"out of memory ({first_line(error)}); lower --batch-size or --workers"
     if isinstance(error, OSError) and error.filename is not None:

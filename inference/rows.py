@@ -3,14 +3,13 @@
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import IO
 
 from inference.predictions import Prediction
-from learning.checkpoint import UNFINISHED, naming_fault, put_in_place
+from learning.checkpoint import appearing
 from settings.errors import RunError
 
 
@@ -102,16 +101,5 @@ def opened(path: str | None) -> Iterator[Output]:
         with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as stdout:
             yield Output(stdout, "standard output")
         return
-    try:
-        with naming_fault(path):
-            file = open(path + UNFINISHED, "wb")  # noqa: SIM115, closed below
-        with file:
-            yield Output(file, path)
-            with naming_fault(path):
-                file.flush()
-                os.fsync(file.fileno())
-    except BaseException:
-        with suppress(OSError):
-            os.remove(path + UNFINISHED)
-        raise
-    put_in_place(path)
+    with appearing(path, "wb") as file:
+        yield Output(file, path)

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -188,6 +188,30 @@ def write_beside(path: str, content: Any) -> None:
         with suppress(OSError):
             os.remove(path + UNFINISHED)
         raise
+
+
+@contextmanager
+def appearing(path: str, mode: str, **how: Any) -> Iterator[IO[Any]]:
+    """Open a file that takes its place in `path`, on the disk, when the block has ended, and never if an error ends it.
+
+    mode, how: of `open`
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        with naming_fault(path):
+            file = open(path + UNFINISHED, mode, **how)  # noqa: SIM115, closed below
+        with file:
+            yield file
+            with naming_fault(path):
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.remove(path + UNFINISHED)
+        raise
+    put_in_place(path)
 
 
 def put_in_place(path: str) -> None:

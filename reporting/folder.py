@@ -20,6 +20,7 @@ from learning.checkpoint import (
     UNFINISHED,
     Checkpoint,
     Damaged,
+    appearing,
     fingerprint,
     naming_fault,
     put_in_place,
@@ -146,16 +147,8 @@ class RunFolder:
         path = self.at(name)
         with naming_fault(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            try:
-                with open(path + UNFINISHED, "w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except BaseException:
-                with suppress(OSError):
-                    os.remove(path + UNFINISHED)
-                raise
-            put_in_place(path)
+            with appearing(path, "w", encoding="utf-8") as file:
+                file.write(text)
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file; None if it is not there."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 
 
@@ -30,6 +31,11 @@ class RunError(RuntimeError):
         """Build the error of a file or folder that cannot be written or read."""
         reason = error.strerror or type(error).__name__
         return cls(f"{path}: {reason}; {REMEDIES.get(error.errno, 'see to the disk')}, then --resume auto continues")
+
+
+def outside_training(error: RunError) -> str:
+    """Return an error's message without how a training goes on after it, for programs that train nothing."""
+    return re.sub(r"[;,] (then )?--resume auto continues$", "", str(error))
 
 
 REMEDIES: dict[int | None, str] = {
