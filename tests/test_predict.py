@@ -510,7 +510,8 @@ def test_a_pipe_that_is_closed_ends_it_silently(real, tmp_path):
     assert len(done.stderr.splitlines()) == 1  # of the run
 
 
-def test_commands_in_the_docs_are_commands():
+def test_commands_in_the_docs_are_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where none of them has been run: what is there is not replaced
     pages = [ROOT / "README.md", ROOT / "predict.py", *(ROOT / "docs").glob("*.md")]
     text = "".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
     found = re.findall(r"^[^`#\n]*?python predict\.py ([^#|>\n]*)", text, re.M)
