@@ -1,4 +1,5 @@
-"""Print what the tests of the ClearML double depend on, as one hash: its code, `tracking/`, the installed SDK and agent.
+"""Print what the tests of the ClearML double depend on, as one hash: its code, `tracking/`, what sends
+sweeps to agents, the installed SDK and agent.
 
 With --check: exit status 0 if that is what they last passed with, as `tests/data/double.sha256` says.
 """
@@ -14,7 +15,14 @@ PASSED = ROOT / "tests" / "data" / "double.sha256"
 
 def fingerprint() -> str:
     digest = hashlib.sha256(f"{version('clearml')} {version('clearml-agent')}".encode())
-    patterns = "tests/*clearml_server.py", "tests/clearml_double/*.py", "tracking/*.py"
+    patterns = (
+        "tests/*clearml_server.py",
+        "tests/clearml_double/*.py",
+        "tests/test_queue.py",
+        "tracking/*.py",
+        "studies/*.py",
+        "sweep.py",
+    )
     for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -13,6 +13,8 @@ import torch
 from clearml_server import ClearMLServer
 from runs import make_tree
 
+import reporting.figures
+
 torch.set_num_threads(1)  # small models: a second thread waits more than it works
 
 
@@ -23,9 +25,29 @@ FIRST = """tracking upload benchmarks gpu_benchmark cuda_without_gpu processes p
 stage_effects fit store config""".split()
 
 
+def pytest_xdist_auto_num_workers():
+    """Half as many again as cores: a third of the time tests wait, for servers that are silent, and signals."""
+    return (os.cpu_count() or 1) * 3 // 2
+
+
 def pytest_collection_modifyitems(items):
     ranks = {f"test_{name}": rank for rank, name in enumerate(FIRST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(FIRST)))
+
+
+# The files that look at a run's report with its figures. Elsewhere they are left out of it, as by the fork server: their
+# drawing takes more than half of the time of a small run.
+DRAWN = {f"test_{name}" for name in "reporting run gpu_benchmark".split()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def figures(request):
+    if request.path.stem in DRAWN:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting.figures, "as_svg", programs.not_drawn)
+        yield
 
 
 @pytest.fixture

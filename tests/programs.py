@@ -2,8 +2,8 @@
 
 Importing torch and the rest takes seconds and is the same each time, so that most tests fork (`program`, `popen`,
 `upload`; see fork_server.py). Honest starts, by which the forks are judged: `honest_program`, `torchrun`, `run_agent`.
-They are the runs of the fixture `online`, of the signals, of a bad flag and of --help, of the server that is asked for
-an upload, all of several processes, and all of an agent.
+They are the runs of the signals, of a whole sweep, of a bad flag and of --help, what shows which modules are imported,
+the upload that says what it needs, what torchrun starts, and all of an agent.
 """
 
 import json
@@ -45,6 +45,13 @@ def wait_until(condition, what, limit=LIMIT):
         assert time.monotonic() < end, f"{what}: not after {limit} s"
         time.sleep(0.02)
     return value
+
+
+def not_drawn(figure):
+    """Instead of reporting.figures.as_svg."""
+    figure.clear()
+    sys.modules["matplotlib.pyplot"].close(figure)
+    return "<svg></svg>"
 
 
 # ---- processes ----

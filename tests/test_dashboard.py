@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from clearml_server import ClearMLServer
-from programs import RUN, honest_program
+from programs import RUN, program
 from runs import metrics
 
 from reporting.folder import RunFolder
@@ -33,9 +33,7 @@ def online(images, tmp_path_factory):
     file.write_text("# a recipe\nhflip_prob: 0.25\n")
     with ClearMLServer() as server:
         where = ["--config", file, "--data-path", images, "--output-dir", folder / "run"]
-        done = honest_program(
-            *RUN, *STAGED, *where, "--clearml-tags", "staged", "small", env=server.env(folder / "cache")
-        )
+        done = program(*RUN, *STAGED, *where, "--clearml-tags", "staged", "small", env=server.env(folder / "cache"))
         assert done.returncode == 0, done.stdout + done.stderr
         server.check()
         yield server, server.only_task(), folder / "run", done.stdout

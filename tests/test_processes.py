@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from programs import LARGER, SMALL, honest_popen, honest_program, ranks, torchrun
+from programs import LARGER, SMALL, honest_popen, ranks, torchrun
 from runs import STRONG, assert_same_bits, checkpoint, make_tree, metrics
 
 
@@ -54,7 +54,7 @@ def test_two_processes_train_one_run_and_count_each_image_once(tmp_path):
     assert together["roc"] == alone["roc"]
     assert together["reliability"]["before"]["counts"] == alone["reliability"]["before"]["counts"]
     test = [*flags, "--test-only", "--weights", tmp_path / "run" / "model_best.pth"]
-    one, two = (start(*test).stdout for start in (honest_program, torchrun))
+    one, two = (ranks(count, tmp_path, *test)[0].stdout for count in (1, 2))
     assert "on 9 images" in one and "on 9 images" in two
     assert one.splitlines()[-1].split(", loss")[0] == two.splitlines()[-1].split(", loss")[0]
 

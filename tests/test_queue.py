@@ -18,6 +18,7 @@ FLAGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.double
 @needs_agent
 def test_runs_are_sent_once_carried_out_by_agents_and_come_back_as_rows(images, tmp_path, server, repository):  # noqa: F811
     (tmp_path / "study.yaml").write_text(STUDY)
