@@ -61,7 +61,7 @@ class Runner:
         self.deadline, self.show, self.keep = deadline, show, keep
         self.progress = {run: Progress() for run in study.runs}
         self.attempts: dict[Run, Attempt] = {}
-        self.stopping = False
+        self.stopping, self.told = False, set[Run]()
         needed: set[Run] = set()  # for their weights, even if they have a row
         for run in reversed(study.runs):  # whose weights others start from comes before them
             row = results.row(run)
@@ -80,7 +80,9 @@ class Runner:
                 self.look()
                 if self.deadline is not None and time.monotonic() >= self.deadline:
                     self.stop()
-                if not self.stopping:
+                if self.stopping:
+                    self.tell()
+                else:
                     self.fill()
                 self.show(self)
                 if not self.attempts:
@@ -92,11 +94,17 @@ class Runner:
         return 0 if all(state == "done" for state in states) else 1
 
     def stop(self) -> None:
-        """Ask what is under way to save and end, and start nothing more."""
-        if not self.stopping:
-            self.stopping = True
-            for attempt in self.attempts.values():
-                attempt.stop()
+        """Start nothing more, and have what is under way save and end.
+
+        A signal calls this, perhaps in the midst of a run's start: so it is the loop that tells the runs.
+        """
+        self.stopping = True
+
+    def tell(self) -> None:
+        """Ask each run under way, once, to save and end."""
+        for run in self.attempts.keys() - self.told:
+            self.attempts[run].stop()
+        self.told.update(self.attempts)
 
     def fill(self) -> None:
         """Start runs until as many are under way as may be."""

@@ -13,7 +13,7 @@ from programs import ROOT, Process, environment, finished, sweep_popen, wait_unt
 from runs import make_tree
 
 from settings.errors import ConfigError
-from studies import launch
+from studies import launch, runner
 from studies.rows import Results, read_rows, write_rows
 from studies.study import read_study
 
@@ -151,6 +151,37 @@ def test_told_to_stop_it_saves_what_trains_and_goes_on_there(place):
     done = finished(place(text))
     assert done.returncode == 0 and starts(place.folder) == {"only_seed0": 2}
     assert metrics.read_text().count("\n") == 40 and len(rows_of(place.folder)) == 1
+
+
+class Interrupted:
+    """Starts runs, in the midst of whose start the sweep is told to stop."""
+
+    at_once = 1
+
+    def find(self, runs):
+        return {}
+
+    def start(self, run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        self.asked, self.polls = [], 0
+        return self
+
+    def poll(self):
+        self.polls += 1
+        assert self.polls < 10, "it was not told to stop"
+        return 3 if self.asked else None
+
+    def stop(self):
+        self.asked.append(True)
+
+
+def test_a_run_that_was_being_started_when_the_signal_came_is_told_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0)
+    (tmp_path / "study.yaml").write_text(TWO)
+    study = read_study(str(tmp_path / "study.yaml"), str(tmp_path / "runs"), FLAGS)
+    launcher = Interrupted()
+    assert runner.Runner(study, Results(study, str(tmp_path)), launcher, {"low": 24, "high": 24}).run() == 3
+    assert launcher.asked == [True]  # once
 
 
 def test_a_time_budget_stops_it_with_status_3(place):
