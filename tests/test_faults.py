@@ -229,11 +229,15 @@ def send_to_workers(number):
 )
 def test_workers_that_are_gone_or_halted_end_the_run_saved(tree, whole, tmp_path, monkeypatch, capsys, number, words):
     monkeypatch.setattr(images.workers, "LOOK_EVERY", 0.5)
-    monkeypatch.setattr(images.workers, "PATIENCE", 1.0)
     out = tmp_path / "run"
     list(DataLoader([0], num_workers=1))  # of others: it leaves torch's handler of SIGCHLD, which raises anywhere
     with monkeypatch.context() as patch:
-        at_call(patch, Learner, "step", lambda: send_to_workers(number), 2 + 4)  # two rehearsed; the first of epoch 2
+
+        def end():
+            patch.setattr(images.workers, "PATIENCE", 1.0)  # not before: on a busy machine they take as long to start
+            send_to_workers(number)
+
+        at_call(patch, Learner, "step", end, 2 + 4)  # two rehearsed; the first of epoch 2
         assert start(tree, out, *TWO, "--workers", "1") == 1
     assert words in told(capsys)
     assert multiprocessing.active_children() == []
