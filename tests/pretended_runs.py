@@ -16,8 +16,10 @@ from PIL import Image
 from pretended_cuda import CUDA
 from pretended_driver import install
 from pretended_streams import Race, notes
+from programs import not_drawn
 from runs import make_tree, metrics, start
 
+import reporting.figures
 from augment.at_once import augment_at_once
 from augment.batch import draw_groups, to_device
 from augment.draws import uniforms
@@ -182,6 +184,7 @@ def predicted(run, images, device):
 
 def main(folder):
     torch.set_num_threads(1)
+    reporting.figures.as_svg = not_drawn
     tree = make_tree(folder / "images")
     for file in tree.rglob("*.png"):
         Image.open(file).save(file.with_suffix(".jpg"), quality=95)

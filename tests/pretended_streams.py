@@ -124,10 +124,10 @@ def in_order(name, read, written, new):
     stream = Stream.current[-1]
     stream.learn(host)
     stream.known[stream] += 1
-    now = (stream, stream.known[stream])
+    now, changed = (stream, stream.known[stream]), {id(inner) for inner in written}
     for inner in (*read, *written):
         write, reads = memory.setdefault(place(inner), [now, []])
-        for other in [write, *(reads if any(inner is each for each in written) else [])]:
+        for other in [write, *(reads if id(inner) in changed else [])]:
             if not stream.has_seen(*other):
                 raise Race(f"{name} at {asker()} uses memory of another stream, which was not waited for")
     for inner in read:
