@@ -1,6 +1,6 @@
 # make demo        a virtual environment, and the quickstart: four stages on handwritten digits, on any CPU
 # make test        the same environment with what the tests need, and the tests
-# make test-all    those, and the tests of the double of ClearML's server that they lean on
+# make test-all    those, the tests with real ClearML agents, and of the double of ClearML's server that they lean on
 # make graphs      the figures of Graphs/ and what README and docs show, drawn and written anew from results/
 # make docs        the site, into docs/_build/html
 # make rehearse    the script for half an hour on a GPU, tiny and on the CPU: three minutes
