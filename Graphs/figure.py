@@ -83,7 +83,7 @@ def styled(chart: alt.LayerChart, title: str, subtitle: str, note: Sequence[str]
         padding={"left": 20, "right": 8, "top": 5, "bottom": 5},  # a reader's font may be a tenth wider than ours
         font="system-ui, sans-serif",
         axis=alt.AxisConfig(labelColor=GREY, titleColor=GREY, gridColor="#8883", domainColor=GREY, tickColor=GREY, labelFontSize=12, titleFontSize=12, titleFontWeight="normal"),
-        legend=alt.LegendConfig(labelColor=GREY, titleColor=GREY, labelLimit=260, labelFontSize=12, orient="top", columns=3, symbolType="circle", symbolOpacity=1),
+        legend=alt.LegendConfig(labelColor=GREY, titleColor=GREY, labelLimit=260, labelFontSize=12, orient="top", columns=3, columnPadding=24, symbolType="circle", symbolOpacity=1),
         text=alt.MarkConfig(color=GREY),
         view=alt.ViewConfig(stroke=None),
     )  # fmt: skip
