@@ -260,6 +260,10 @@ class Plan:
         return "\n".join(lines)
 
 
+# Multiply-adds by model and size: the plans of a study ask for the same ones.
+COUNTED: dict[str, dict[int, float]] = {}
+
+
 def make_plan(config: Config) -> Plan:
     """Plan the stages of a run, and compute what they cost.
 
@@ -272,7 +276,8 @@ def make_plan(config: Config) -> Plan:
     if stages[-1].finetune:
         tuned_layers(model)
     set_drop_rates(model, stages[0])  # all stages set the same ones
-    plan = plan_of(config, stages, gflops_per_image(model, [stage.image_size for stage in stages]))
+    counted = COUNTED.setdefault(config.model, {})
+    plan = plan_of(config, stages, gflops_per_image(model, [stage.image_size for stage in stages], counted))
     if config.start_epoch >= plan.last.epochs.stop:
         raise ConfigError(
             f"start_epoch {config.start_epoch} is not below the {plan.last.epochs.stop} epochs of the stages"

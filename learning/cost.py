@@ -13,7 +13,9 @@ from settings.errors import ConfigError, first_line
 FEW = 30  # sizes; so many are counted one by one, which takes some 20 ms each
 
 
-def gflops_per_image(model: nn.Module, image_sizes: Sequence[int]) -> list[float]:
+def gflops_per_image(
+    model: nn.Module, image_sizes: Sequence[int], known: dict[int, float] | None = None
+) -> list[float]:
     """Count the billions of multiply-adds of one image's forward pass, at each size.
 
     They are counted as papers and torchvision do (EfficientNetV2-S at 384: 8.37). Of a plan with hundreds of sizes, 30
@@ -21,6 +23,7 @@ def gflops_per_image(model: nn.Module, image_sizes: Sequence[int]) -> list[float
     convolutional networks is (EfficientNet, ResNet, RegNet, ConvNeXt; not DenseNet, not Swin).
 
     model: on the meta device, so that only shapes are computed; of no other use afterwards, its batch norms are gone
+    known: what was counted before, by size, which is added to
 
     Raises:
         ConfigError: the model cannot take a size.
@@ -31,7 +34,8 @@ def gflops_per_image(model: nn.Module, image_sizes: Sequence[int]) -> list[float
             module.forward = nn.Identity().forward  # type: ignore[method-assign]  # no product, and half of the time
     sizes = np.unique(image_sizes)
     counted = sizes[np.unique(np.linspace(0, len(sizes) - 1, FEW).round().astype(int))]
-    counts = {size: count(model, size) for size in counted.tolist()}
+    counts = {} if known is None else known
+    counts.update({size: count(model, size) for size in counted.tolist() if size not in counts})
     rest = np.setdiff1d(sizes, counted)
     if len(rest):
         fitted, checked = counted[::2], counted[1::2]
