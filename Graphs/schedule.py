@@ -44,7 +44,9 @@ class ScheduleFigure(Figure):
         return resolve(["--config", os.path.join(ROOT, self.config)])
 
     def content(self) -> bytes:
-        return json.dumps(make_plan(self.settings()).as_dict(), sort_keys=True).encode()
+        text = json.dumps(make_plan(self.settings()).as_dict(), sort_keys=True)
+        # To nine digits: Python adds floats up more exactly since 3.12.
+        return json.dumps(json.loads(text, parse_float=lambda number: f"{float(number):.9g}")).encode()
 
     def specification(self) -> Specification:
         config = self.settings()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from types import SimpleNamespace
 
 import altair
 import numpy as np
@@ -12,7 +13,7 @@ import study_rows
 from PIL import Image
 from programs import ROOT
 
-from Graphs import draw, sizes, studies
+from Graphs import draw, schedule, sizes, studies
 from Graphs.figure import as_element, vl_version
 from Graphs.figures import SCHEDULE, all_figures
 from Graphs.marks import filled, with_table
@@ -53,6 +54,17 @@ def values(specification):
 @pytest.mark.parametrize("figure", all_figures(draw.RESULTS), ids=lambda figure: figure.name)
 def test_no_figure_is_older_than_its_rows(figure):
     assert figure.is_current(draw.FOLDER), f"Graphs/{figure.name} is older than its rows, or not there: make graphs"
+
+
+@pytest.mark.parametrize(("cost", "same"), [(0.5582639350825257, True), (0.55826394, False)])
+def test_the_schedule_s_last_digits_are_python_s(monkeypatch, cost, same):
+    (figure,) = [figure for figure in all_figures(draw.RESULTS) if figure.name == "schedule"]
+    contents = []
+    for relative_cost in (0.5582639350825256, cost):
+        plan = SimpleNamespace(as_dict=lambda number=relative_cost: {"relative_cost": number})
+        monkeypatch.setattr(schedule, "make_plan", lambda config, plan=plan: plan)
+        contents.append(figure.content())
+    assert (contents[0] == contents[1]) is same
 
 
 def test_every_picture_and_page_is_of_a_figure():
