@@ -1,5 +1,5 @@
 """Print what the tests of the ClearML double depend on, as one hash: its code, `tracking/`, what sends
-sweeps to agents, the installed SDK and agent.
+sweeps to agents, what agents start, the installed SDK and agent.
 
 With --check: exit status 0 if that is what they last passed with, as `tests/data/double.sha256` says.
 """
@@ -18,10 +18,12 @@ def fingerprint() -> str:
     patterns = (
         "tests/*clearml_server.py",
         "tests/clearml_double/*.py",
+        "tests/test_agents.py",
         "tests/test_queue.py",
         "tracking/*.py",
         "studies/*.py",
         "sweep.py",
+        "train.py",
     )
     for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())

@@ -30,12 +30,17 @@ def varying(rows: Sequence[Row]) -> list[str]:
     return [name for name in names[names.index("seed") + 1 : names.index("relative_cost")] if name != "epochs"]
 
 
+def spent_by_processor(rows: Sequence[Row]) -> bool:
+    """Check whether what training took is told in processor seconds: on a CPU, whose cores runs share."""
+    return all(row["device"] == "cpu" for row in rows)
+
+
 def time_spent(rows: Sequence[Row]) -> tuple[str, Callable[[Row], float]]:
     """Choose how to tell what training took: by the processor, whose cores runs share, or else by the clock.
 
     Returns: the unit, minutes or, where all runs are short, seconds; and what finds a row's
     """
-    on_cpu = all(row["device"] == "cpu" for row in rows)
+    on_cpu = spent_by_processor(rows)
     column = "cpu_seconds" if on_cpu else "train_seconds"
     unit, seconds = ("minutes", 60) if max(row[column] for row in rows) >= 180 else ("seconds", 1)
     return f"processor {unit}" if on_cpu else unit, lambda row: row[column] / seconds

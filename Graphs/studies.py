@@ -10,7 +10,16 @@ from typing import Any
 import altair as alt
 
 from Graphs.figure import COLOURS, GREY, HEIGHT, WIDTH, Figure, Specification, styled
-from Graphs.rows import MEASURE, data_set, first_and_last, is_complete, study_file, time_spent, varying
+from Graphs.rows import (  # fmt: skip
+    MEASURE,
+    data_set,
+    first_and_last,
+    is_complete,
+    spent_by_processor,
+    study_file,
+    time_spent,
+    varying,
+)
 from settings.table import SCHEDULES
 from studies.rows import Row, read_rows
 from studies.statistics import mean_of
@@ -322,21 +331,28 @@ def by_magnitude(rows: Sequence[Row]) -> alt.LayerChart:
 
 
 def throughput(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.LayerChart:
-    """Draw images per second at each image size that stages have: epochs as points, their median as a bar."""
+    """Draw images per second at each image size that stages have: epochs as points, their median as a bar.
+
+    On a CPU they are those of a processor's second: its cores may have had other work, or a run may have been halted.
+    """
+    on_cpu = spent_by_processor(rows)
+    title = "images per processor second" if on_cpu else "images per second"
+
+    def speed(row: Row) -> float:
+        return row["images_per_second"] * (row["epoch_seconds"] / row["cpu_seconds"] if on_cpu else 1)
+
     speeds: dict[int, list[float]] = {}
     for row in epochs:
-        speeds.setdefault(row["image_size"], []).append(row["images_per_second"])
+        speeds.setdefault(row["image_size"], []).append(speed(row))
     medians = [{"px": size, "median": plain.median(some), "n": len(some)} for size, some in sorted(speeds.items())]
-    points = [{"px": row["image_size"], "speed": row["images_per_second"]} for row in epochs]
+    points = [{"px": row["image_size"], "speed": speed(row)} for row in epochs]
     x = alt.X("px:O", title="image size of the stage, px", axis=alt.Axis(labelAngle=0))
-    y = alt.Y("median:Q", title="images per second")
+    y = alt.Y("median:Q", title=title)
     bars = alt.Chart(data(medians)).mark_bar(color=COLOURS[2], opacity=0.6, width={"band": 0.6}).encode(
         x, y, tooltip=[alt.Tooltip("px:O"), number("median", "images/s, median", ".1f"), alt.Tooltip("n:Q", title="epochs")]
     )  # fmt: skip
     dots = (
-        alt.Chart(data(points))
-        .mark_tick(color=GREY, opacity=0.5, thickness=1)
-        .encode(x, alt.Y("speed:Q", title="images per second"))
+        alt.Chart(data(points)).mark_tick(color=GREY, opacity=0.5, thickness=1).encode(x, alt.Y("speed:Q", title=title))
     )
     labels = alt.Chart(data(medians)).mark_text(baseline="bottom", dy=-8, fontSize=13).encode(
         x, y, text=alt.Text("median:Q", format=".3~r")

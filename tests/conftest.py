@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 
 # The files that look at a run's report with its figures. Elsewhere they are left out of it, as by the fork server: their
 # drawing takes more than half of the time of a small run.
-DRAWN = {f"test_{name}" for name in "reporting run gpu_benchmark".split()}
+DRAWN = {f"test_{name}" for name in "reporting run export gpu_benchmark".split()}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -227,16 +227,20 @@ def test_stages_are_marked_where_they_are(results):
     assert [(row["from"], row["to"], row["px"]) for row in shaded] == [(0, 3, "64 px"), (3, 6, "80 px"), (6, 9, "96 px"), (9, 12, "128 px")]  # fmt: skip
 
 
-def test_throughput_is_the_median_of_the_epochs_at_a_size(tmp_path):
+@pytest.mark.parametrize(("device", "median", "unit"), [("cpu", 50, "per processor second"), ("NVIDIA H100", 20, "per second")])  # fmt: skip
+def test_throughput_is_the_median_of_the_epochs_at_a_size(tmp_path, device, median, unit):
+    """On a CPU, of what the processor took: here two fifths of the time, as where the run was halted now and then."""
     study_rows.write_reproduce(tmp_path, seeds=1)
+    rows = read_rows(f"{tmp_path}/reproduce_small.csv")
+    write_rows(f"{tmp_path}/reproduce_small.csv", [row | {"device": device} for row in rows])
     epochs = read_rows(f"{tmp_path}/reproduce_small_epochs.csv")
     for row, speed in zip([row for row in epochs if row["image_size"] == 64], [10, 30, 20] * 3):
-        row["images_per_second"] = speed
+        row |= {"images_per_second": speed, "epoch_seconds": 50.0, "cpu_seconds": 20.0}
     write_rows(f"{tmp_path}/reproduce_small_epochs.csv", epochs)
-    bars = next(
-        rows for mark, rows in values(specification(str(tmp_path), "reproduce_small_throughput")) if mark == "bar"
-    )
-    assert [row["px"] for row in bars] == [64, 80, 96, 128] and bars[0]["median"] == 20
+    chart = specification(str(tmp_path), "reproduce_small_throughput")
+    bars = next(rows for mark, rows in values(chart) if mark == "bar")
+    assert [row["px"] for row in bars] == [64, 80, 96, 128] and bars[0]["median"] == median
+    assert f'"images {unit}"' in json.dumps(chart)
 
 
 def test_parallel_coordinates_have_an_axis_for_what_varies(results):

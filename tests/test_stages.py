@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import stages
 from learning import cost
 from learning.cost import gflops_per_image
 from learning.models import build_on_meta
@@ -199,10 +200,13 @@ def test_a_thousand_sizes_cost_what_each_of_them_costs(monkeypatch):
     """Few of them are counted; a model whose layers are no halves of the image is counted whole."""
     counted = []
     count = cost.count
+    monkeypatch.setattr(stages, "COUNTED", {})
     monkeypatch.setattr(cost, "count", lambda model, size: counted.append(size) or count(model, size))
     flags = "--stages 1000 --epochs 1000 --train-crop-size 128 1127 --mixup-alpha 0 0.2".split()
     many = make_plan(resolve(["--model", "efficientnet_v2_tiny", *flags]))
     assert [stage.image_size for stage in many.stages] == list(range(128, 1128)) and len(counted) == 30
+    counted.clear()
+    assert make_plan(resolve(["--model", "efficientnet_v2_tiny", *flags])) == many and not counted  # a second time
     alone = gflops_per_image(build_on_meta("efficientnet_v2_tiny"), [159, 160, 161, 1001])
     assert [many.gflops_per_image[size - 128] for size in (159, 160, 161, 1001)] == pytest.approx(alone, rel=1e-9)
     assert [stage.mixup_alpha for stage in many.stages[:49]] == [0.0] * 49  # up to 48 / 999 * 0.2 = 0.0096

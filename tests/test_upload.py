@@ -29,7 +29,17 @@ def session_times(out):
 
 def test_killed_offline_resumed_and_uploaded_has_every_epoch_once(images, tmp_path, server):
     out, env = tmp_path / "run", nowhere(tmp_path / "cache")
-    flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "30", "--clearml", "offline"]
+    flags = [
+        *RUN,
+        "--data-path",
+        images,
+        "--output-dir",
+        out,
+        "--epochs",
+        "100",
+        "--clearml",
+        "offline",
+    ]  # fewer would be over before the kill
     process = popen(*flags, env=env)
     process.wait_for_epochs(out, 4)
     process.kill()
@@ -44,14 +54,14 @@ def test_killed_offline_resumed_and_uploaded_has_every_epoch_once(images, tmp_pa
         sent = upload(out, server.env(tmp_path / "cache"))
         assert sent.returncode == 0, sent.stdout + sent.stderr
         task = server.only_task()
-        assert list(task.scalars["loss", "train"]) == list(range(30))
+        assert list(task.scalars["loss", "train"]) == list(range(100))
         assert list(task.scalars["loss", "train"].values()) == pytest.approx([r["loss"] for r in metrics(out)])
-        assert task.summary_of("loss", "train")["count"] == 30
-        assert task.status == "completed" and "epoch 30/30" in task.console
+        assert task.summary_of("loss", "train")["count"] == 100
+        assert task.status == "completed" and "epoch 100/100" in task.console
         for name, file in (("run best", "model_best.pth"), ("run last", "checkpoint.pth")):
             assert server.file(task.output_models[name]["uri"]) == (out / file).read_bytes()
         assert set(task.artifacts) == {"summary.json", "metrics.jsonl", "report.html"}
-        assert task.hyperparams["Hyperparameters"]["epochs"] == "30" and len(task.images) == 1
+        assert task.hyperparams["Hyperparameters"]["epochs"] == "100" and len(task.images) == 1
 
 
 def test_a_killed_session_is_uploaded_without_a_resume(images, tmp_path, server):
