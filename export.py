@@ -51,4 +51,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    early.imported()
     sys.exit(main(sys.argv[1:]))

@@ -64,4 +64,5 @@ def told(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    early.imported()
     exit_now(run(sys.argv[1:]))

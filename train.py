@@ -346,4 +346,5 @@ def told(error: Exception, config: Config | None) -> str:
 
 
 if __name__ == "__main__":
+    early.imported()
     exit_now(run(sys.argv[1:]))

@@ -3,14 +3,27 @@
 import csv
 import os
 import statistics as plain
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
 
-from Graphs.figure import COLOURS, GREY, HEIGHT, WIDTH, Figure, Specification, styled
-from Graphs.rows import (  # fmt: skip
+from Graphs.charts import (
+    COARSE,
+    ESTIMATE,
+    Accuracy,
+    Values,
+    colour,
+    conditions_of,
+    data,
+    layered,
+    means,
+    measure,
+    number,
+)
+from Graphs.figure import COLOURS, GREY, HEIGHT, Figure, Specification, styled
+from Graphs.rows import (
     MEASURE,
     data_set,
     first_and_last,
@@ -22,10 +35,6 @@ from Graphs.rows import (  # fmt: skip
 )
 from settings.table import SCHEDULES
 from studies.rows import Row, read_rows
-from studies.statistics import mean_of
-
-Values = list[dict[str, Any]]
-Accuracy = Callable[[Row], float | None]  # finds that of a run
 
 
 @dataclass(frozen=True)
@@ -77,63 +86,6 @@ def note_lines(source: str, rows: Sequence[Row]) -> list[str]:
     conditions, seeds = ({row[name] for row in rows} for name in ("condition", "seed"))
     counts = f"{len(rows)} runs: {len(conditions)} conditions, seeds {', '.join(map(str, sorted(seeds)))}"
     return [f"results/{os.path.basename(source)}", counts, *machines]
-
-
-# ---- parts of charts ----
-
-
-def data(values: Values) -> alt.Data:
-    return alt.Data(values=[{name: rounded(value) for name, value in entry.items()} for entry in values])
-
-
-def rounded(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def number(field: str, title: str, form: str = ".2f") -> alt.Tooltip:
-    return alt.Tooltip(f"{field}:Q", title=title, format=form)
-
-
-def conditions_of(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(row["condition"] for row in rows))
-
-
-def colour(names: Sequence[str], field: str = "condition") -> alt.Color:
-    """Give each name a colour, the same in every figure of a study."""
-    scale = alt.Scale(domain=list(names), range=[COLOURS[i % len(COLOURS)] for i in range(len(names))])
-    return alt.Color(f"{field}:N", scale=scale, title=None)
-
-
-def measure(row: Row) -> float | None:
-    """Find the accuracy of a run: on images that chose nothing if it was measured on such, else that of its last epoch."""
-    return row.get("held_out_top1") if row.get("held_out_top1") is not None else row["top1"]
-
-
-def means(rows: Sequence[Row], x: Callable[[Sequence[Row]], float] | None = None, of: Accuracy = measure) -> Values:
-    """Estimate the mean accuracy of each condition, with its 95 % interval, as values of a chart.
-
-    x: what the condition's rows come to on the other axis
-    of: finds the accuracy of a run
-    """
-    found = []
-    known = [row | {"measure": of(row)} for row in rows]
-    for name in conditions_of(rows):
-        estimate = mean_of(known, name, "measure")
-        if estimate is not None:
-            entry = {"condition": name, "mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-            entry |= {"n": estimate.n} | ({} if x is None else {"x": x([r for r in rows if r["condition"] == name])})
-            found.append(entry)
-    return found
-
-
-COARSE = alt.Axis(tickCount=8)
-ESTIMATE = [
-    alt.Tooltip("condition:N"), number("mean", "mean"), number("low", "95 % from"), number("high", "to"), alt.Tooltip("n:Q", title="runs"),
-]  # fmt: skip
-
-
-def layered(*charts: alt.Chart, height: float = HEIGHT) -> alt.LayerChart:  # the axes of one without data would warn
-    return alt.LayerChart(layer=[chart for chart in charts if chart.data["values"]], width=WIDTH, height=height)
 
 
 # ---- charts ----
@@ -344,7 +296,10 @@ def throughput(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.LayerChart:
     speeds: dict[int, list[float]] = {}
     for row in epochs:
         speeds.setdefault(row["image_size"], []).append(speed(row))
-    medians = [{"px": size, "median": plain.median(some), "n": len(some)} for size, some in sorted(speeds.items())]
+    medians = [
+        {"px": size, "median": plain.median(some), "n": len(some), "highest": max(some)}
+        for size, some in sorted(speeds.items())
+    ]
     points = [{"px": row["image_size"], "speed": speed(row)} for row in epochs]
     x = alt.X("px:O", title="image size of the stage, px", axis=alt.Axis(labelAngle=0))
     y = alt.Y("median:Q", title=title)
@@ -354,8 +309,9 @@ def throughput(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.LayerChart:
     dots = (
         alt.Chart(data(points)).mark_tick(color=GREY, opacity=0.5, thickness=1).encode(x, alt.Y("speed:Q", title=title))
     )
-    labels = alt.Chart(data(medians)).mark_text(baseline="bottom", dy=-8, fontSize=13).encode(
-        x, y, text=alt.Text("median:Q", format=".3~r")
+    above = alt.Y("highest:Q", title=title)
+    labels = alt.Chart(data(medians)).mark_text(baseline="bottom", dy=-4, fontSize=13).encode(
+        x, above, text=alt.Text("median:Q", format=".3~r")
     )  # fmt: skip
     return layered(bars, dots, labels, height=HEIGHT * 0.75)
 

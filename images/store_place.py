@@ -13,7 +13,6 @@ from functools import partial
 
 import psutil
 import torch
-from filelock import FileLock, Timeout
 
 from images.datasets import Data
 from images.encoded import EncodedImages
@@ -67,6 +66,8 @@ def locked(folder: str) -> Iterator[None]:
     Where files cannot be locked (some network disks) two runs may build the same file, and the later one replaces the
     other's.
     """
+    from filelock import FileLock, Timeout  # brings asyncio: a plan or a mistake need not wait for it
+
     lock = FileLock(os.path.join(folder, LOCK))
     with suppress(OSError, NotImplementedError):
         try:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -102,6 +101,8 @@ class RunFolder:
         Raises:
             ConfigError: another run uses it, or it cannot be made.
         """
+        from filelock import FileLock, Timeout  # brings asyncio: a plan or a mistake need not wait for it
+
         lock = FileLock(self.at(LOCK), timeout=0)
         trouble = ""
         if runtime.is_main:

@@ -1,5 +1,6 @@
 """Settings: their sources and order, and a clear line for everything that cannot be."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from programs import ROOT, honest_program
 
 from images.workers import closing_loader
 from learning.models import check_model
+from settings import early
 from settings import resolve as resolving
 from settings.errors import ConfigError
 from settings.table import SETTINGS
@@ -287,6 +289,18 @@ def test_a_warm_up_without_end_is_doubted_not_refused(capsys, tmp_path):
 def test_an_error_is_one_line_that_shows_every_character():
     assert str(ConfigError("no a\nb\x1b[0m\udcff.jpg\u2028")) == r"no a\nb\x1b[0m\xff.jpg\u2028"
     assert str(ConfigError("no Zoë/猫.jpg, 'a' or \\n")) == "no Zoë/猫.jpg, 'a' or \\n"
+
+
+def test_no_garbage_is_looked_for_among_imports(monkeypatch):
+    monkeypatch.setattr(early.signal, "signal", lambda *_: None)
+    try:
+        early.answer(["--lr", "0.1"])
+        assert not gc.isenabled()
+        early.imported()
+        assert gc.isenabled() and gc.get_freeze_count() > 10_000  # numpy alone has as many objects
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def test_help_names_every_setting_once():
