@@ -1,6 +1,7 @@
 """Data sets by name: folders of images, Imagenette and Imagewoof, those of the Hub, handwritten digits."""
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -188,19 +189,28 @@ def fastai_path(config: Config) -> str:
 def download(config: Config) -> None:
     """Fetch Imagenette or Imagewoof into data_path, unless it is there.
 
+    It is unpacked aside, and so never there in part; of several runs that want it one fetches it.
+
     Raises:
         ConfigError: it cannot be fetched.
     """
+    from filelock import FileLock  # brings asyncio: most runs need not wait for it
+
     tree = fastai_path(config)
     name, _, size = config.dataset.partition("-")
     if os.path.isdir(tree):
         return
     try:
-        if name == "imagenette":
-            Imagenette(config.data_path, split="train", size=size or "full", download=True)
-        else:  # torchvision has no Imagewoof; it lies beside Imagenette
-            url = f"https://s3.amazonaws.com/fast-ai-imageclas/{os.path.basename(tree)}.tgz"
-            download_and_extract_archive(url, config.data_path)
+        os.makedirs(config.data_path, exist_ok=True)
+        with FileLock(f"{tree}.lock"), tempfile.TemporaryDirectory(dir=config.data_path, prefix=".download-") as aside:
+            if os.path.isdir(tree):  # by another run meanwhile
+                return
+            if name == "imagenette":
+                Imagenette(aside, split="train", size=size or "full", download=True)
+            else:  # torchvision has no Imagewoof; it lies beside Imagenette
+                url = f"https://s3.amazonaws.com/fast-ai-imageclas/{os.path.basename(tree)}.tgz"
+                download_and_extract_archive(url, aside)
+            os.replace(os.path.join(aside, os.path.basename(tree)), tree)
     except (OSError, RuntimeError) as error:
         reason = first_line(error)
         raise ConfigError(f"download: {config.dataset} cannot be fetched into {config.data_path}: {reason}") from error

@@ -143,7 +143,7 @@ def augment_on(config: Config, runtime: Runtime) -> str:
     training.
 
     Raises:
-        ConfigError: decode_on device, where it cannot be.
+        ConfigError: the device has no such augmentation; decode_on device, where it cannot be.
     """
     on_cuda = runtime.device.type == "cuda"
     way = config.augment_on
@@ -151,6 +151,10 @@ def augment_on(config: Config, runtime: Runtime) -> str:
         batched = config.auto_augment in (None, "ra") and config.interpolation == "bilinear"
         own_way = config.backend != "pil" or config.use_v2  # asked for by hand
         way = "device" if on_cuda and batched and not own_way else "worker"
+    if way == "device" and runtime.device.type not in ("cuda", "cpu"):
+        raise ConfigError(
+            f"augment_on device works on CUDA GPUs and the CPU, the device is {runtime.device}; leave it out"
+        )
     if config.decode_on == "device" and not (on_cuda and way == "device" and config.dataset in FOLDERS):
         raise ConfigError("decode_on device needs image files, a CUDA GPU and augment_on device; leave it out")
     if config.decode_on == "device":

@@ -74,7 +74,9 @@ class DrawSampler(Sampler[list[Draw]]):
             for step in range(first_step, self.num_steps):
                 start = step * per_step
                 count = min(per_step, (self.num_images - start) // self.world_size * self.world_size)
-                places = range(start + self.rank, start + count, self.world_size)
+                own = range(start + self.rank, start + count, self.world_size)
+                # Repeats of an image apart: mixup and cutmix mix neighbours.
+                places = sorted(own, key=lambda place: place % self.repeats)
                 indices = order[torch.tensor(places) // self.repeats].tolist()
                 self.exhausted = epoch + 1 == self.stop_epoch and step + 1 == self.num_steps
                 yield [(epoch, index, place % self.repeats) for index, place in zip(indices, places)]

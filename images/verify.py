@@ -84,6 +84,7 @@ class Finding:
     """What one image file holds.
 
     fault: why it cannot be read; None if it can, and the rest is known
+    lasting: the fault is the file's own, not one of the disk or the rights to it, which may pass
     width, height: pixels
     digest: of its bytes
     """
@@ -93,6 +94,7 @@ class Finding:
     width: int = 0
     height: int = 0
     digest: int = 0
+    lasting: bool = True
 
 
 class Rows(Protocol):
@@ -125,7 +127,7 @@ class Inspecting(Dataset):
             if self.digests and isinstance(self.files, FileList):
                 digest = xxhash.xxh3_64_intdigest(np.fromfile(self.files[index][0], np.uint8).data)
         except Exception as error:  # what PIL raises on a damaged file varies with the damage
-            return Finding(index, reason_of(error))
+            return Finding(index, reason_of(error), lasting=not isinstance(error, OSError) or error.errno is None)
         return Finding(index, None, width, height, digest)
 
     def open(self, index: int) -> AbstractContextManager[Image.Image]:
@@ -148,13 +150,17 @@ def inspect(files: FileList | Rows, title: str, digests: bool = False) -> Genera
 def find_bad(files: FileList | Rows, title: str) -> list[tuple[int, str]]:
     """Find the files or rows that cannot be read: their numbers, and why.
 
-    What was found is kept, so that the next start looks only at files that have changed: not at one, or at all.
+    What was found is kept, so that the next start looks only at files that have changed: not at one, or at all. It is
+    not kept where the fault was the system's.
     """
     path = kept_path(f"{files.fingerprint()}.json")
     with suppress(OSError, ValueError, TypeError), open(path, encoding="utf-8") as file:
         return [(int(index), str(fault)) for index, fault in json.load(file)]
     with closing(inspect(files, title)) as findings:
-        bad = [(finding.index, finding.fault) for finding in findings if finding.fault is not None]
+        found = [finding for finding in findings if finding.fault is not None]
+    bad = [(finding.index, str(finding.fault)) for finding in found]
+    if not all(finding.lasting for finding in found):
+        return bad
     with suppress(OSError):  # the next start has to look again
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:

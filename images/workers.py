@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -67,8 +67,11 @@ class Loader(DataLoader):
         handler = signal.getsignal(signal.SIGCHLD) if main else None
         if getattr(handler, "__module__", "") == signal_handling.__name__:  # another DataLoader has set it
             handler = signal.SIG_DFL
-        with signals_held():
-            iterator = super().__iter__()
+        if self._iterator is None:
+            with signals_held():
+                iterator = super().__iter__()
+        else:
+            iterator = self.anew(self._iterator)
         if main:
             signal.signal(signal.SIGCHLD, handler)  # torch's raises anywhere
         return self.watched(iterator)
@@ -79,7 +82,7 @@ class Loader(DataLoader):
         try:
             while True:
                 watch.since = time.monotonic()
-                batch = self.next_of(iterator, watch)
+                batch = self.patiently(lambda: next(iterator, None), watch)  # None after the last
                 watch.since = None
                 if batch is None:
                     return
@@ -87,11 +90,26 @@ class Loader(DataLoader):
         finally:
             watch.over.set()
 
-    def next_of(self, iterator: Any, watch: "Watch") -> Any:
-        """Return the next batch; None after the last."""
+    def anew(self, iterator: Any) -> Any:
+        """Have workers that are there already begin another pass; torch waits until each of them has answered."""
+        watch, ask = Watch(iterator._workers), iterator._get_data
+        watch.since = time.monotonic()
+        iterator._get_data = lambda: self.patiently(ask, watch)
+        try:
+            return super().__iter__()
+        finally:
+            del iterator._get_data
+            watch.over.set()
+
+    def patiently(self, ask: Callable[[], Any], watch: "Watch") -> Any:
+        """Return what `ask` does, which raises every few seconds while workers have not answered.
+
+        Raises:
+            RunError: they do not answer any more.
+        """
         while True:
             try:
-                return next(iterator, None)
+                return ask()
             except (RuntimeError, OSError, EOFError) as error:  # the last two of a batch whose worker is gone
                 late = str(error).startswith("DataLoader timed out")
                 if not late or time.monotonic() - watch.since >= PATIENCE:

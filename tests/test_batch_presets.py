@@ -273,6 +273,12 @@ def test_auto_augments_on_a_gpu_what_has_a_form_for_batches(device, flags, expec
     assert augment_on(resolve(flags.split()), Runtime(device=torch.device(device))) == expected
 
 
+def test_batches_are_augmented_on_cuda_and_the_cpu_alone():
+    assert augment_on(resolve([]), Runtime(device=torch.device("mps"))) == "worker"
+    with pytest.raises(ConfigError, match="augment_on device works on CUDA GPUs and the CPU, the device is mps"):
+        augment_on(resolve(["--augment-on", "device"]), Runtime(device=torch.device("mps")))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -5,6 +5,8 @@ import json
 import os
 import socket
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from runs import make_tree, start
 
 import train
 from images import datasets, listing, verify
-from images.datasets import Digits, ImageTree, load_data
+from images.datasets import Digits, ImageTree, download, load_data
 from settings.errors import ConfigError
 from settings.resolve import resolve
 
@@ -279,6 +281,53 @@ def test_an_image_that_is_mended_is_looked_at_again(dirty):
     assert len(ImageTree(root, skip=True)) == 22
     Image.new("RGB", (4, 4)).save(dirty / "train" / "bee" / "0.png")
     assert len(ImageTree(root, skip=True)) == 23
+
+
+def test_what_the_disk_refused_is_looked_at_again(tmp_path, monkeypatch):
+    """Its size and date say nothing of it."""
+    tree = make_tree(tmp_path)
+    refused = str(sorted((tree / "train").rglob("*.png"))[0])
+
+    def refuse(path):
+        if path == refused:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path)
+
+    opened = verify.open_image
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "open_image", refuse)
+        assert [path for path, _ in ImageTree(str(tree / "train"), skip=True).skipped] == [refused]
+    assert not ImageTree(str(tree / "train"), skip=True).skipped
+
+
+@pytest.mark.parametrize("dataset", ["imagenette-160px", "imagewoof"])
+def test_a_download_is_there_whole_or_not_at_all(tmp_path, monkeypatch, dataset):
+    config = resolve(["--data-path", str(tmp_path / "data"), "--dataset", dataset, "--download"])
+    name = {"imagenette-160px": "imagenette2-160", "imagewoof": "imagewoof2"}[dataset]
+    fetched = []
+
+    def unpack(root, whole):
+        fetched.append(root)
+        (Path(root) / name / "train").mkdir(parents=True)
+        if not whole:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        (Path(root) / name / "val").mkdir()
+
+    for whole in (False, True, True):
+        unpacked = partial(unpack, whole=whole)
+        monkeypatch.setattr(datasets, "Imagenette", lambda root, unpacked=unpacked, **how: unpacked(root))
+        monkeypatch.setattr(
+            datasets, "download_and_extract_archive", lambda url, root, unpacked=unpacked: unpacked(root)
+        )
+        if whole:
+            download(config)
+            assert sorted(os.listdir(tmp_path / "data" / name)) == ["train", "val"]
+        else:
+            with pytest.raises(ConfigError, match=r"cannot be fetched into .*No space left"):
+                download(config)
+            assert not (tmp_path / "data" / name).exists()
+        assert not list((tmp_path / "data").glob(".download-*"))
+    assert len(fetched) == 2  # the third time it was there
 
 
 def test_a_class_whose_images_are_all_bad_is_an_error(dirty):

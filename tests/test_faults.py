@@ -248,6 +248,32 @@ def test_workers_that_are_gone_or_halted_end_the_run_saved(tree, whole, tmp_path
     assert_same_bits(checkpoint(out)["model"], checkpoint(whole)["model"])
 
 
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGKILL, "was killed; where no one did"), (signal.SIGSTOP, "no images for 1 s; process ")],
+)
+def test_workers_that_go_between_two_evaluations_cost_no_epoch(
+    tree, whole, tmp_path, monkeypatch, capsys, number, words
+):
+    """Each evaluation asks those that are there to begin anew, and torch waits for their answers."""
+    monkeypatch.setattr(images.workers, "LOOK_EVERY", 0.5)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def end():
+            patch.setattr(images.workers, "PATIENCE", 1.0)
+            send_to_workers(number)
+
+        at_call(patch, train, "evaluate", end, 2)
+        assert start(tree, out, *TWO, "--workers", "1") == 1
+    assert words in told(capsys)
+    assert multiprocessing.active_children() == []
+    state = checkpoint(out)["state"]
+    assert (state["epoch"], state["step"]) == (1, 3)  # all of it trained, and not evaluated
+    assert run(["--output-dir", str(out), "--resume", "auto"]) == 0
+    assert_same_bits(checkpoint(out)["model"], checkpoint(whole)["model"])
+
+
 def test_a_store_that_is_cut_short_is_named(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(images.workers, "LOOK_EVERY", 0.5)
     kept = tmp_path / "kept"
@@ -387,7 +413,7 @@ def test_whole_numbers_of_images_and_pixels(tree, tmp_path, capsys):
         assert told(capsys) == f"error: {flag[2:].replace('-', '_')} must be whole numbers, got 32.7"
 
 
-def test_the_page_has_the_counts_of_the_last_torture(tmp_path, monkeypatch):
+def test_the_page_has_the_counts_of_the_last_torture_and_fuzzing(tmp_path, monkeypatch):
     import torture
 
     page = tmp_path / "reliability.md"

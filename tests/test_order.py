@@ -81,14 +81,16 @@ def test_every_draw_carries_its_epoch_and_repeat():
     assert {(epoch, repeat) for step in sampler for epoch, _, repeat in step} == {(9, 0)}
 
 
-def test_repeats_come_in_a_row_and_the_epoch_stays_as_long():
-    sampler = DrawSampler(12, 4, 0, repeats=3)
+def test_repeats_come_in_one_batch_apart_and_the_epoch_stays_as_long():
+    sampler = DrawSampler(12, 6, 0, repeats=3)
     sampler.start(0)
-    draws = [draw for step in sampler for draw in step]
-    assert len(draws) == 12
-    images = [index for _, index, _ in draws]
-    assert images[0] == images[1] == images[2] and len(set(images)) == 4
-    assert [repeat for _, _, repeat in draws] == [0, 1, 2] * 4
+    steps = list(sampler)
+    assert [len(step) for step in steps] == [6, 6]
+    assert len({index for step in steps for _, index, _ in step}) == 4
+    for step in steps:  # two images, thrice: mixup mixes each with the one before it
+        images = [index for _, index, _ in step]
+        assert images == images[:2] * 3 and images[0] != images[1]
+        assert [repeat for _, _, repeat in step] == [0, 0, 1, 1, 2, 2]
 
 
 def test_repeats_go_to_different_processes_first():
