@@ -86,7 +86,7 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
         folder.mend_best(checkpoint, plan.num_epochs, runtime)
         stop.resumable = True
     check_folders(config)  # before weights are fetched
-    weights = read_weights(config.model, config.weights) if config.weights else None
+    weights = read_weights(config.model, config.weights) if config.weights and checkpoint is None else None
 
     # Data, model, and what changes with every step
     data = load_data(config, runtime)
@@ -96,6 +96,7 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
     if checkpoint is not None:
         check_data(checkpoint, data)
         state = learner.restore(checkpoint, to_train=not config.test_only)
+        loaded = f"{config.model}: weights of {checkpoint.read_from}"
     runtime.say(f"{loaded}\n{data}\n{runtime}")
     if config.test_only:
         return test(config, data, learner)
@@ -104,7 +105,7 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
 
     # One step and a few images of every stage to come: what does not fit or cannot be read shows now, not in hours
     ahead = plan.ahead(state.epoch)
-    reserved = rehearse(ahead, learner, len(data.train))
+    reserved = rehearse(ahead, learner, len(data.train), config.val_crop_size, int(max(config.batch_size)))
     fitting = config.fit_time is not None and checkpoint is None
     if fitting:
         check_decoding(config, data, runtime)

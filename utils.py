@@ -173,10 +173,7 @@ class Runtime:
         return bool(self.largest(int(wish)))
 
     def largest(self, number: int) -> int:
-        """Find the largest of the numbers of all processes; all must ask at the same point.
-
-        The device is not involved.
-        """
+        """Find the largest of the numbers of all processes, without the device; all must ask at the same point."""
         if self.world_size == 1:
             return number
         largest = torch.tensor(number)
@@ -255,11 +252,15 @@ class Runtime:
         """Read the most bytes of GPU memory taken since `release_memory`; 0 without a CUDA device."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
 
+    def free_memory(self) -> int:
+        """Read how many bytes of GPU memory are free; 0 without a CUDA device."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+
     def peak_memory_gib(self) -> float | None:
-        """Read the most memory the GPU held since the last call, GiB; None without a CUDA device."""
+        """Read the most GPU memory that torch held since the last call, GiB, a CUDA graph's too; None without a GPU."""
         if self.device.type != "cuda":
             return None
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        peak = torch.cuda.max_memory_reserved(self.device) / 2**30
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
@@ -289,7 +290,8 @@ def start_runtime(config: Config) -> Runtime:
             f"world_size {config.world_size}, but {world_size} process(es) were started; "
             f"start them with torchrun --nproc-per-node {config.world_size} train.py and leave world_size out"
         )
-    device = find_device(config.device, local_rank)
+    # srun may show each of its processes one GPU alone, as number 0.
+    device = find_device(config.device, local_rank if "RANK" in env else local_rank % max(1, torch.cuda.device_count()))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if config.sync_bn and world_size > 1 and device.type != "cuda":

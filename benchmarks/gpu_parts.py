@@ -213,7 +213,7 @@ def batches(setup: Setup, size: int) -> Iterator[common.Measures]:
             if not is_out_of_memory(error):
                 raise
             return
-        peak = torch.cuda.max_memory_allocated() / 2**30 if setup.on_gpu else None
+        peak = torch.cuda.max_memory_reserved() / 2**30 if setup.on_gpu else None
         yield {"way": "batch", "image_size": size, "batch_size": batch_size, **row, "gpu_memory_gib": peak}
 
 

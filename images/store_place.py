@@ -301,7 +301,7 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
     total = sum(stored.header["bytes"] for stored in opened)
     place = ""
     if runtime.device.type == "cuda" and config.augment_on != "worker":
-        room = DEVICE_SHARE * (torch.cuda.mem_get_info(runtime.device)[0] - reserved)
+        room = DEVICE_SHARE * (runtime.free_memory() - reserved)
         for stored, place_too in zip(opened, (", the training images on the GPU", ", all on the GPU")):
             room -= stored.header["bytes"]
             if runtime.any(room < 0):

@@ -8,7 +8,7 @@ from torchvision.transforms import Compose
 
 from learning.checkpoint import Checkpoint
 from learning.learner import build_model_of
-from learning.models import check_name
+from learning.models import as_trained, check_name
 from learning.weights import read_weights
 from presets import test_preset
 from reporting.folder import BEST, CHECKPOINT, PLAN, RunFolder
@@ -132,15 +132,3 @@ def weights_of(folder: RunFolder, config: Config, which: str) -> tuple[dict[str,
         average or checkpoint.model,
         f"last weights{' (EMA)' if average else ''}, after epoch {checkpoint.state.epoch}",
     )
-
-
-def as_trained(model: nn.Module, published: bool) -> nn.Module:
-    """Undo what a GoogLeNet or Inception does to its images when it is built with weights, if it was trained without.
-
-    It then expects published weights, which began on images normalised otherwise; so does `build_model`.
-
-    published: the run began with weights
-    """
-    if hasattr(model, "transform_input"):
-        model.transform_input = published  # type: ignore[assignment]
-    return model

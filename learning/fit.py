@@ -7,7 +7,6 @@ a resumed run, or one that is started from its config.yaml, trains the same epoc
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from images.datasets import Data
 from images.loaders import eval_loader
 from images.store_place import building_seconds
 from images.workers import closing_loader
+from learning.checkpoint import UNFINISHED, write_beside
 from learning.learner import Learner
 from learning.optim import LearningRate
 from learning.state import RunState
@@ -282,9 +282,10 @@ class Measuring:
         checkpoint = self.learner.checkpoint(RunState(), self.config, self.data)
         copied = written = time.perf_counter()
         if self.runtime.is_main:
-            with tempfile.TemporaryDirectory(prefix=".fit_", dir=self.config.output_dir) as place:
-                checkpoint.save(os.path.join(place, "checkpoint.pth"), keep=False)
-                written = time.perf_counter()
+            path = os.path.join(self.config.output_dir, "checkpoint.pth")
+            write_beside(path, checkpoint.to_dict())  # of a run killed here the next one writes over it
+            written = time.perf_counter()
+            os.remove(path + UNFINISHED)
         return copied - started, written - copied
 
 

@@ -5,13 +5,14 @@ one thread can launch them, and the stage that should be cheapest waits for the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from settings.errors import first_line
+from learning.models import Classifier
+from settings.errors import RunError, first_line
 from utils import Runtime
 
 WARM_UP = 3  # steps before a capture, in which libraries choose kernels and take their memory
@@ -84,6 +85,9 @@ class StepGraphs:
 
         Weights and optimizer are not touched, batch norm's statistics are put back. The model is in the mode that it
         trains in.
+
+        Raises:
+            RunError: a capture failed in a way that leaves torch unfit to go on.
         """
         self.graphs.clear()
         forget_gradients(self.parameters)
@@ -92,6 +96,7 @@ class StepGraphs:
             return
         buffers = list(self.model.buffers())
         before = [buffer.clone() for buffer in buffers]
+        training = torch.cuda.current_stream(self.runtime.device)
         try:
             # All before the first capture, whose memory stays taken: so they need no more than a step does.
             expected = [self.warm_up(images, targets) for images, targets in batches]
@@ -101,8 +106,14 @@ class StepGraphs:
                 self.check(graph, loss)
                 self.graphs[form_of(images, targets)] = graph
         except RuntimeError as error:
+            if torch.cuda.current_stream(self.runtime.device) != training:
+                # Stream, random generator and memory are still those of the capture, and torch has no way back.
+                raise RunError(
+                    f"cuda_graphs: the step of this model broke its capture; give --cuda-graphs off ({first_line(error)})"
+                ) from error
             self.graphs.clear()
             self.possible = False
+            forget_gradients([*self.parameters, *self.together.half])
             self.runtime.synchronize()
             self.runtime.say(f"cuda_graphs off: the step of this model cannot be captured ({first_line(error)})")
         for buffer, value in zip(buffers, before):
@@ -110,14 +121,19 @@ class StepGraphs:
         forget_gradients(self.parameters)
 
     def warm_up(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Compute gradients a few times in a stream of their own, as a capture will; return the last loss."""
+        """Compute gradients a few times in a stream of their own, as a capture will; return the last loss.
+
+        Raises:
+            RuntimeError: the processor waits for the device in between, which would break a capture.
+        """
         device = images.device
         stream, training = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(training)
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+            for step in range(WARM_UP):
                 self.runtime.draw_from(0, 0)
-                loss = self.gradients(images, targets)
+                with no_waits() if step == WARM_UP - 1 else nullcontext():
+                    loss = self.gradients(images, targets)
         training.wait_stream(stream)
         forget_gradients(self.parameters)
         return loss
@@ -128,6 +144,17 @@ class StepGraphs:
         replayed = graph(graph.images, graph.targets)
         if not torch.allclose(replayed, expected, rtol=1e-3, equal_nan=True):
             raise RuntimeError(f"a replay computes a loss of {float(replayed):.6g}, the step {float(expected):.6g}")
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Have torch raise RuntimeError within the block where the processor would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Together:
@@ -157,19 +184,21 @@ class Together:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Give the model its weights in half precision, and no counters; afterwards bring gradients and counters up."""
+        # A classifier in evaluation mode, as in fine-tuning, computes at the precision of its own weights.
+        places = [place for place in self.places if place[0].training or not isinstance(place[0], Classifier)]
         norms = [norm for norm in self.norms if norm.training]
         counters: list[Any] = [norm.num_batches_tracked for norm in norms]
         if self.half:
             with torch.no_grad():
                 torch._foreach_copy_(self.half, self.whole)
-        for module, name, weight in self.places:
+        for module, name, weight in places:
             module._parameters[name] = self.half_of.get(id(weight), weight)  # type: ignore[assignment]
         for norm in norms:
             norm._buffers["num_batches_tracked"] = None
         try:
             yield
         finally:
-            for module, name, weight in self.places:
+            for module, name, weight in places:
                 module._parameters[name] = weight
             for norm, counter in zip(norms, counters):
                 norm._buffers["num_batches_tracked"] = counter

@@ -15,7 +15,7 @@ from learning.balance import WeightedLoss
 from learning.checkpoint import Checkpoint, Stateful, to_cpu, undone
 from learning.ema import EMA
 from learning.graphs import StepGraphs, forget_gradients
-from learning.models import build_model, tuned_layers
+from learning.models import as_trained, build_model, tuned_layers
 from learning.optim import build_optimizer
 from learning.state import RunState
 from settings.errors import ConfigError, first_line
@@ -152,6 +152,15 @@ class Learner:
         self.step(images, targets, net)
         self.runtime.synchronize()
 
+    @torch.inference_mode()
+    def evaluate_noise(self, image_size: int, batch_size: int) -> None:
+        """Evaluate a batch of noise, for the memory that it takes."""
+        images, _ = self.noise(image_size, batch_size)
+        for model in self.copies.values():
+            with self.runtime.autocast():
+                model.eval()(images)
+        self.runtime.synchronize()
+
     def undoing(self) -> AbstractContextManager[None]:
         """Return a context after which weights, optimizer and scaler are as before it."""
         return undone(self.model, self.optimizer, self.runtime.scaler)
@@ -222,8 +231,11 @@ class Learner:
             self.model.load_state_dict(checkpoint.model)
             if to_train:
                 self.optimizer.load_state_dict(checkpoint.optimizer | {"param_groups": groups})
+                self.lay_out_moments()
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"resume: the checkpoint does not fit these settings: {first_line(error)}") from error
+        for copy in self.copies.values():
+            as_trained(copy, published=checkpoint.config.get("weights") is not None)
         if checkpoint.scaler and to_train:
             self.runtime.scaler.load_state_dict(checkpoint.scaler)
         if self.ema is not None:
@@ -231,6 +243,13 @@ class Learner:
             self.ema.module.load_state_dict(checkpoint.model_ema or checkpoint.model)
             self.ema.num_updates = checkpoint.ema_updates
         return replace(checkpoint.state)
+
+    def lay_out_moments(self) -> None:
+        """Lay the optimizer's averages out as the weights are now: a fused step refuses those of another memory format."""
+        for weight, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() == weight.dim() == 4:  # what channels_last changes
+                    state[name] = torch.empty_like(weight).copy_(value)
 
 
 def build_model_of(

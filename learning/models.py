@@ -112,9 +112,12 @@ def available() -> list[str]:
 
 
 def check_model(config: Config) -> None:
-    """Raise ConfigError unless the settings name a model, and weights that are a file or that model's."""
+    """Raise ConfigError unless the settings name a model, and weights that are a file or that model's.
+
+    A run that goes on has its own, and does not need those that it began with any more.
+    """
     check_name(config.model)
-    if config.weights is not None and not os.path.isfile(config.weights):
+    if config.weights is not None and not config.resume and not os.path.isfile(config.weights):
         find_weights(config.model, config.weights)
 
 
@@ -192,6 +195,16 @@ def build_model(
         for norm in norms:
             norm.momentum = bn_momentum
     return model, loaded
+
+
+def as_trained(model: nn.Module, published: bool) -> nn.Module:
+    """Have a GoogLeNet or Inception see images normalised as in its training; `build_model` goes by whether it has weights.
+
+    published: the run began with weights; those that are published began on images normalised otherwise
+    """
+    if hasattr(model, "transform_input"):
+        model.transform_input = published  # type: ignore[assignment]
+    return model
 
 
 def build_on_meta(name: str, num_classes: int = 1000) -> nn.Module:

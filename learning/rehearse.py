@@ -1,4 +1,4 @@
-"""One step of every stage before the first epoch, undone: what does not fit shows in a minute."""
+"""One step of every stage and an evaluation before the first epoch, undone: what does not fit shows in a minute."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,13 +13,20 @@ if TYPE_CHECKING:
     from stages import Stage
 
 
-def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int) -> int:
-    """Take one whole training step of each stage on noise, and undo it.
+AUGMENTING = 2**30  # bytes of GPU memory that batches to come take, and RandAugment on them
+
+
+def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int, test_size: int, test_batch_size: int) -> int:
+    """Take one whole training step of each stage on noise, and undo it; on a GPU evaluate a batch of noise too.
 
     What does not fit shows in the first minute, not when its stage comes. The steps are not compiled: uncompiled ones
     take the most memory.
 
+    What a step leaves free, an evaluation takes; but the memory of a CUDA graph serves that graph alone. If not all of
+    it fits beside each other, there are no graphs.
+
     num_images: of the training set; a small one fills no batch
+    test_size, test_batch_size: of the images that are evaluated, pixels, and how many at once
 
     Returns: bytes of GPU memory that training takes at most, beyond what is held before and after; 0 without a CUDA
         device.
@@ -46,8 +53,39 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int) -> in
             reserved = max(reserved, learner.runtime.reserved_memory())
             learner.runtime.release_memory()
     learner.finetune(False)
-    learner.runtime.release_memory()
-    return max(0, reserved - learner.runtime.reserved_memory())
+    runtime = learner.runtime
+    runtime.release_memory()
+    training = max(0, reserved - runtime.reserved_memory())
+    evaluating = rehearse_evaluation(learner, test_size, test_batch_size) if runtime.device.type == "cuda" else 0
+    if learner.graphed and training + evaluating + AUGMENTING > runtime.free_memory():
+        learner.graphed, learner.graphs = False, None
+        runtime.say(
+            f"cuda_graphs off: a step would keep {training / 2**30:.1f} GiB, and evaluation wants "
+            f"{evaluating / 2**30:.1f} beside it; a lower batch_size leaves room"
+        )
+    return training + evaluating if learner.graphed else max(training, evaluating)
+
+
+def rehearse_evaluation(learner: Learner, image_size: int, batch_size: int) -> int:
+    """Evaluate a batch of noise on a GPU; return the bytes of its memory that this takes.
+
+    Raises:
+        ConfigError: out of memory; names what to lower.
+    """
+    runtime = learner.runtime
+    held = runtime.reserved_memory()
+    try:
+        learner.evaluate_noise(image_size, batch_size)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"out of memory in evaluation ({image_size} px, batch_size {batch_size}); lower batch_size or val_crop_size "
+            f"({first_line(error)})"
+        ) from error
+    taken = runtime.reserved_memory() - held
+    runtime.release_memory()
+    return taken
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -87,7 +87,7 @@ def install_cuda():
         _lazy_init=None, is_available=True, is_bf16_supported=True, current_device=0, device_count=1, set_device=None,
         get_device_name="a pretended GPU", get_device_capability=(9, 0), empty_cache=None, manual_seed_all=None,
         reset_peak_memory_stats=None, max_memory_reserved=2**30, max_memory_allocated=2**30, memory_reserved=2**30,
-        memory_allocated=2**30, mem_get_info=(2**36, 2**37), graph_pool_handle=(0, 1), is_current_stream_capturing=False,
+        memory_allocated=2**30, mem_get_info=(2**36, 2**37), get_sync_debug_mode=0, set_sync_debug_mode=None, graph_pool_handle=(0, 1), is_current_stream_capturing=False,
     )  # fmt: skip
     for name, answer in answers.items():
         setattr(cuda, name, lambda *args, answer=answer, **kwargs: answer)

@@ -45,6 +45,7 @@ FORMS = {
     "float16": "--amp --amp-dtype float16 --opt adamw --clip-grad-norm 1 --workers 0 --decode-cache CACHE --cuda-graphs off",
     "crops": "--opt rmsprop --workers 1 --decode-cache off",
     "decoded": "--decode-on device --workers 1 --decode-cache off",
+    "tuned": "--amp --stage-rule compute --lr-clock compute --augment-size 48 --finetune-epochs 1 --val-crop-size 48 --val-resize-size 56 --workers 0 --decode-cache CACHE",
     "workers": "--augment-on worker --opt adamw --workers 1 --decode-cache off --class-weights 3 1",
 }
 
@@ -196,6 +197,7 @@ def main(folder):
         found |= {"judged": judged(), "evaluation": evaluated(tree, folder)} | parts()
         for name in FORMS:
             found[name] = whole(folder / name, tree, flags[name])
+        found["tuned without graphs"] = whole(folder / "off", tree, [*flags["tuned"], "--cuda-graphs", "off"])
         found["predicted"] = predicted(folder / "workers", tree / "val", "cuda")
         resume = ["--resume", folder / "cpu" / "checkpoint_previous.pth"]
         found["cpu to cuda"] = whole(folder / "there", tree, [*flags["workers"], *resume])

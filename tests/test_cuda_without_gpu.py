@@ -28,7 +28,7 @@ def found(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-FORMS = ("store", "float16", "crops", "workers", "decoded")
+FORMS = ("store", "float16", "crops", "workers", "decoded", "tuned")
 
 
 @pytest.mark.parametrize("fault", ["mixed", "race", "captured_wait", "early", "replay"])
@@ -75,6 +75,15 @@ def test_a_step_whose_images_the_device_decodes_waits_before_that_alone(found):
 
 def test_a_step_out_of_a_graph_is_launched_at_once(found):
     assert all(step["kernels"] < 20 for step in found["workers"]["steps"])
+
+
+def test_stages_of_equal_compute_and_fine_tuning_are_the_same_with_graphs_and_without(found):
+    assert found["tuned without graphs"]["status"] == 0
+    assert found["tuned"]["losses"] == found["tuned without graphs"]["losses"]
+    launched, one_by_one = (
+        max(step["kernels"] for step in found[way]["steps"]) for way in ("tuned", "tuned without graphs")
+    )
+    assert launched < 200 < 300 < one_by_one  # images are augmented in both
 
 
 def test_both_devices_compute_the_same_and_take_up_each_other_s_runs(found):

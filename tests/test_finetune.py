@@ -175,7 +175,7 @@ def test_the_rehearsal_covers_it_and_leaves_all_to_be_trained():
         return step(images, *rest)
 
     learner.step = noting
-    rehearse(plan_stages(resolve([*STAGED, *TUNED, "--batch-size", "4"])), learner, 100)
+    rehearse(plan_stages(resolve([*STAGED, *TUNED, "--batch-size", "4"])), learner, 100, 48, 4)
     everything = len(list(learner.model.parameters()))
     assert seen == [(32, everything), (40, everything), (48, 2)] and len(learner.parameters) == everything
     assert_same_bits(dict(learner.model.state_dict()), before)

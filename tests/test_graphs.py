@@ -10,6 +10,8 @@ from torch import nn
 
 from learning import graphs
 from learning.graphs import StepGraphs
+from learning.models import Classifier
+from settings.errors import RunError
 from utils import Runtime
 
 CPU = Runtime(device=torch.device("cpu"))
@@ -55,7 +57,7 @@ class Step:
 @pytest.fixture
 def doubled(monkeypatch):
     """torch.cuda's graphs, on the CPU: `captured` lists those made, `replays` counts."""
-    seen = SimpleNamespace(captured=[], pools=[], replays=0)
+    seen = SimpleNamespace(captured=[], pools=[], replays=0, sync_debug_mode=0, breaks=None)
 
     class Graph:
         def replay(self):
@@ -72,6 +74,9 @@ def doubled(monkeypatch):
         seen.captured.append(graph)
         seen.pools.append(pool)
         yield
+        if seen.breaks:  # what a capture does that met a wait
+            monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the capture's")
+            raise RuntimeError(seen.breaks)
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -80,6 +85,8 @@ def doubled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: seen.sync_debug_mode)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(seen, "sync_debug_mode", mode))
     made = graphs.StepGraph.__init__
 
     def remembering(self, gradients, *args):
@@ -142,6 +149,42 @@ def test_a_replay_that_computes_something_else_is_not_used(doubled, capsys):
     assert len(doubled.captured) == made
 
 
+def test_a_step_that_waits_for_the_device_is_not_captured(doubled, capsys):
+    step = Step()
+
+    def asking(images, targets):
+        if doubled.sync_debug_mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return step(images, targets)
+
+    stage = StepGraphs(asking, step.model, step.parameters, CPU)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    stage.capture([batch(8)])
+    assert "cannot be captured (called a synchronizing CUDA operation)" in capsys.readouterr().out
+    assert not stage.possible and not doubled.captured and doubled.sync_debug_mode == 0
+    assert_same_bits(dict(step.model.state_dict()), before)
+
+
+def test_a_capture_that_breaks_ends_the_run_because_torch_does_not_recover(doubled):
+    doubled.breaks = "operation not permitted when stream is capturing"
+    with pytest.raises(RunError, match=r"give --cuda-graphs off \(operation not permitted"):
+        captured(Step(), 8)
+
+
+def test_a_failed_capture_keeps_no_gradients_in_half_precision(doubled):
+    model = network()
+    gradients = Gradients(model)
+
+    def failing(images, targets):
+        gradients(images, targets)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    stage = StepGraphs(failing, model, list(model.parameters()), in_bfloat16())
+    stage.capture([(torch.randn(6, 3, 8, 8), torch.zeros(6, dtype=torch.long))])
+    assert not stage.possible
+    assert all(weight.grad is None for weight in [*stage.together.half, *stage.parameters])
+
+
 class Gradients:
     """Loss and gradients of a model, in bfloat16."""
 
@@ -187,6 +230,27 @@ def test_what_is_not_trained_has_no_cast_of_its_own_and_counts_no_batches():
     assert len(stage.together.half) == 2
     stage.gradients(torch.randn(6, 3, 8, 8), torch.zeros(6, dtype=torch.long))
     assert model[1].num_batches_tracked == 0 and model[0].weight.grad is None and model[5].weight.grad is not None
+
+
+def test_the_classifier_alone_is_trained_at_the_precision_it_is_evaluated_at():
+    """In fine-tuning, where it is in evaluation mode, with graphs and without."""
+    outcomes = []
+    for together in (False, True):
+        model = network()
+        head = Classifier(144, 2)
+        head.load_state_dict(model[5].state_dict())
+        model[5] = head
+        model.forward = lambda images, model=model: nn.Sequential(*[model[i] for i in range(6)])(images)
+        model.requires_grad_(False)
+        head.requires_grad_(True)
+        model.eval()
+        gradients = Gradients(model)
+        stage = StepGraphs(gradients, model, list(head.parameters()), in_bfloat16())
+        torch.manual_seed(1)
+        loss = (stage.gradients if together else gradients)(torch.randn(6, 3, 8, 8), torch.zeros(6, dtype=torch.long))
+        outcomes.append([loss, head.weight.grad, head.bias.grad])
+    assert_same_bits(*outcomes)
+    assert not torch.equal(outcomes[0][1], outcomes[0][1].bfloat16().float())  # float32's own digits
 
 
 def test_casts_are_taken_together_in_half_precision_only():

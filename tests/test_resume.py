@@ -5,11 +5,15 @@ import multiprocessing
 import pytest
 import torch
 import yaml
+from programs import SMALL
 from runs import STAGED, STRONG, assert_same_bits, checkpoint, cut, make_tree, metrics, start
 
 import train
-from learning.learner import Learner
+from learning.checkpoint import Checkpoint
+from learning.learner import Learner, build_learner
+from settings.resolve import resolve
 from train import run
+from utils import Runtime
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,22 @@ def test_another_run_may_start_from_a_checkpoint_and_says_what_differs(tree, tmp
     assert [record["epoch"] for record in metrics(tmp_path / "two")] == [1]
 
 
+def test_a_run_goes_on_without_the_weights_it_began_with(tree, tmp_path, capsys):
+    assert start(tree, tmp_path / "first", "--epochs", "1") == 0
+    began = tmp_path / "began.pth"
+    (tmp_path / "first" / "model_best.pth").rename(began)
+    flags = ["--weights", began, "--epochs", "2", "--resume", "auto"]
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, 5)
+        assert start(tree, tmp_path / "run", *flags) == 3
+    began.unlink()
+    capsys.readouterr()
+    assert run(["--output-dir", str(tmp_path / "run"), "--resume", "auto"]) == 0
+    assert f"weights of {tmp_path}/run/checkpoint.pth" in capsys.readouterr().out
+    assert start(tree, tmp_path / "another", *flags) == 2  # where there is nothing to go on with
+    assert "is neither a file nor weights of" in capsys.readouterr().err
+
+
 def test_settings_given_on_resume_take_effect_and_others_are_refused(tree, tmp_path, capsys):
     assert start(tree, tmp_path / "one", "--epochs", "1", "--weight-decay", "0.1") == 0
     again = ["--epochs", "2", "--resume", tmp_path / "one" / "checkpoint.pth"]
@@ -176,6 +196,21 @@ def test_rehearsal_changes_nothing(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "rehearse", lambda *args: 0)
     assert start(tree, tmp_path / "run", *STAGED, *STRONG) == 0
     assert_same_bits(checkpoint(folder)["model_ema"], checkpoint(tmp_path / "run")["model_ema"])
+
+
+def test_averages_of_the_optimizer_take_the_memory_format_of_this_run(tree, tmp_path):
+    """The fused step of a GPU refuses others."""
+    assert start(tree, tmp_path / "plain", *STAGED, "--opt", "adamw") == 0
+    saved = Checkpoint.load(str(tmp_path / "plain" / "checkpoint.pth"))
+    config = resolve([*SMALL, *STAGED, "--opt", "adamw", "--channels-last"])
+    runtime = Runtime(device=torch.device("cpu"), memory_format=torch.channels_last)
+    learner, _ = build_learner(config, 2, None, runtime)
+    learner.restore(saved)
+    of_filters = [(weight, state) for weight, state in learner.optimizer.state.items() if weight.dim() == 4]
+    assert any(weight.shape[1] > 1 and weight.shape[2] > 1 for weight, _ in of_filters)
+    for weight, state in of_filters:
+        assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == weight.stride()
+    assert_same_bits(learner.optimizer.state_dict()["state"], saved.optimizer["state"])
 
 
 def test_seed_changes_everything(tree, tmp_path):

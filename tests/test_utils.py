@@ -168,6 +168,28 @@ def test_world_size_that_contradicts_the_launcher_is_refused(monkeypatch):
         start_runtime(resolve(["--world-size", "4", "--device", "cpu"]))
 
 
+def test_processes_of_srun_that_see_a_gpu_each_take_that(monkeypatch):
+    """With --gpus-per-task=1 it is number 0 for all of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+
+    def find(name, local_rank):
+        asked.append(local_rank)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(utils, "find_device", find)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    config = resolve("--world-size 8 --dist-url tcp://localhost:1 --device cuda".split())
+    for visible in (1, 4):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: visible)
+        with pytest.raises(ConfigError, match="far enough"):
+            start_runtime(config)
+    assert asked == [0, 1]
+
+
 def test_a_step_scales_gradients_down_to_the_norm_asked_for():
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)

@@ -1,0 +1,85 @@
+"""What the rehearsal makes of a GPU's memory, on one whose figures are given. What it does to a run: test_resume.py."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from learning.rehearse import rehearse
+from settings.errors import ConfigError
+
+GIB = 2**30
+STAGES = [SimpleNamespace(index=i, image_size=size, batch_size=8, finetune=False) for i, size in enumerate((32, 48))]
+
+
+class Gpu:
+    """Holds 1 GiB. Steps take 3 and 5 more, an evaluation 2."""
+
+    device, world_size = SimpleNamespace(type="cuda"), 1
+
+    def __init__(self, free):
+        self.free, self.peak, self.said = free, 1, []
+
+    def release_memory(self):
+        self.peak = 1
+
+    def reserved_memory(self):
+        return self.peak * GIB
+
+    def free_memory(self):
+        return int(self.free * GIB)
+
+    def say(self, line):
+        self.said.append(line)
+
+
+class OnGpu:
+    """A learner, as far as the rehearsal asks."""
+
+    def __init__(self, free=80.0, graphed=True):
+        self.runtime, self.graphed, self.graphs, self.eager = Gpu(free), graphed, object(), None
+        self.evaluated = []
+
+    def undoing(self):
+        return nullcontext()
+
+    def finetune(self, on):
+        pass
+
+    def step_on_noise(self, image_size, batch_size, net):
+        self.runtime.peak = 1 + {32: 3, 48: 5}[image_size]
+
+    def evaluate_noise(self, image_size, batch_size):
+        self.evaluated.append((image_size, batch_size))
+        self.runtime.peak = 1 + 2
+
+
+@pytest.mark.parametrize(("free", "graphs", "taken"), [(8, True, 7), (7.9, False, 5)])
+def test_a_graph_s_memory_leaves_room_for_evaluation_or_there_are_no_graphs(free, graphs, taken):
+    learner = OnGpu(free)  # 5 of the largest step, 2 of an evaluation, 1 of batches to come
+    assert rehearse(STAGES, learner, 100, 64, 16) == taken * GIB
+    assert learner.evaluated == [(64, 16)]
+    assert learner.graphed is graphs and (learner.graphs is not None) is graphs
+    assert bool(learner.runtime.said) is not graphs
+    if not graphs:
+        assert learner.runtime.said[0].startswith(
+            "cuda_graphs off: a step would keep 5.0 GiB, and evaluation wants 2.0"
+        )
+
+
+def test_without_graphs_an_evaluation_takes_what_a_step_has_left():
+    assert rehearse(STAGES, OnGpu(6, graphed=False), 100, 64, 16) == 5 * GIB
+
+
+def test_an_evaluation_that_does_not_fit_names_what_to_lower():
+    learner = OnGpu()
+
+    def too_large(image_size, batch_size):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    learner.evaluate_noise = too_large
+    with pytest.raises(
+        ConfigError, match=r"out of memory in evaluation \(384 px, batch_size 128\); lower batch_size or"
+    ):
+        rehearse(STAGES, learner, 100, 384, 128)
