@@ -137,6 +137,8 @@ def doubts(config: Config, span: int) -> list[str]:
         # No error: a short trial of a long recipe is a common thing, and its learning rates are what was asked for.
         schedule = f"warm-up never ends, and lr_scheduler {config.lr_scheduler} does nothing"
         found.append(f"lr_warmup_epochs {config.lr_warmup_epochs} of {span} epochs: {schedule}")
+    if config.lr_scheduler == "steplr" and config.lr_step_size >= span - config.lr_warmup_epochs > 0:
+        found.append(f"lr_step_size {config.lr_step_size} of {span} epochs: the learning rate never falls")
     if config.finetune_size not in (None, config.val_crop_size):
         sizes = f"finetune_size {config.finetune_size} with val_crop_size {config.val_crop_size}"
         found.append(f"{sizes}: the classifier is fitted to another size than it is evaluated at")

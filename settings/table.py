@@ -118,7 +118,7 @@ class Config:
     sync_bn: bool = setting(False, "batch norm over all processes together", kind="bool", group="model")
 
     # Stages
-    stages: int = setting(1, "stages of progressive learning; 1 trains as the reference does", kind="int", group="stages", interval="[1, 1000]")
+    stages: int = setting(1, "stages of progressive learning; 1: one image size and strength throughout", kind="int", group="stages", interval="[1, 1000]")
     stage_rule: str = setting("paper", "image size of stage i of M, from S0 to Se: paper S0+(Se-S0)*i/(M-1), released code S0+(Se-S0)*(i+1)/M; compute: the paper's sizes, and stages of equal compute, which see small images more often (EfficientTrain++)", kind="str", group="stages", choices=("paper", "released", "compute"))
     stage_epochs: tuple[int, ...] | None = setting(None, "epochs of each stage; unset: stage i is epochs i*N//M up to (i+1)*N//M, or by stage_rule compute", kind="ints", group="stages", interval="[1, 1000000000]", optional=True)
     train_crop_size: tuple[float, ...] = setting((224.0,), "side of the training crop, pixels; rounded down", kind="floats", group="stages", interval="[1, 8192]", scheduled=Schedule(field="image_size", heading="image size", axis="image size, px", whole=True))

@@ -112,6 +112,8 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
             and not isinstance(value, bool)
         ):
             value = str(value)  # seconds or epochs, which YAML reads as a number
+        if value is False and (name == "decode_cache" or "off" in (row["choices"] or ())):
+            value = "off"  # which YAML 1.1 reads so
         if not isinstance(value, str):
             raise wrong
         check_text(name, value, where)

@@ -280,10 +280,26 @@ def test_numbers_that_people_write(text):
     assert resolve(["--lr", text]).lr == 5
 
 
+def test_a_learning_rate_that_never_falls_is_doubted():
+    """The reference's default steps are for 90 epochs."""
+    assert resolving.doubts(resolve([]), span=90) == []
+    assert resolving.doubts(resolve(["--epochs", "31"]), span=31) == []
+    (told,) = resolving.doubts(resolve(["--epochs", "30"]), span=30)
+    assert told == "lr_step_size 30 of 30 epochs: the learning rate never falls"
+
+
+def test_off_is_a_word_though_yaml_reads_it_as_a_number_of_truth(tmp_path):
+    config = resolve(["--config", file_with(tmp_path, "clearml: off\ncuda_graphs: Off\ndecode_cache: off\n")])
+    assert (config.clearml, config.cuda_graphs, config.decode_cache) == ("off", "off", "off")
+    with pytest.raises(ConfigError, match="opt must be one of"):
+        resolve(["--config", file_with(tmp_path, "opt: off\n")])
+
+
 def test_a_warm_up_without_end_is_doubted_not_refused(capsys, tmp_path):
-    assert resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "4"]), span=5) == []
-    (told,) = resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "5"]), span=5)
-    assert told == "lr_warmup_epochs 5 of 5 epochs: warm-up never ends, and lr_scheduler steplr does nothing"
+    cosine = ["--lr-scheduler", "cosineannealinglr"]
+    assert resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "4", *cosine]), span=5) == []
+    (told,) = resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "5", *cosine]), span=5)
+    assert told == "lr_warmup_epochs 5 of 5 epochs: warm-up never ends, and lr_scheduler cosineannealinglr does nothing"
 
 
 def test_an_error_is_one_line_that_shows_every_character():
