@@ -87,8 +87,8 @@ class Export:
             RunError: the model cannot be exported, a file is refused, or cannot be written.
         """
         output = self.options.output
-        try:
-            with tempfile.TemporaryDirectory(dir=nearest_there(os.path.dirname(output)), prefix=".export-") as aside:
+        try:  # aside, but on the same disk: in the folder itself where there is one
+            with tempfile.TemporaryDirectory(dir=nearest_there(output), prefix=".export-") as aside:
                 files = self.write(aside)
                 self.put_in_place(aside, files)
         except OSError as error:

@@ -50,8 +50,8 @@ def carry_out(options: argparse.Namespace) -> int:
             for prediction in predictions:
                 output.write(("" if tally.count else rows.head()) + rows.row(prediction))
                 tally.add(prediction)
-                if sorter is not None:
-                    sorter.put(prediction, tally.count)
+                if sorter is not None and not sorter.put(prediction, tally.count):
+                    tally.note_gone(prediction.path)
                 if gallery is not None:
                     gallery.add(prediction, tally.count)
             bar.total = predicting.total
@@ -78,11 +78,12 @@ def progress(output: str | None) -> tqdm:
 
 
 class Tally:
-    """Counts images, and those that could not be read."""
+    """Counts images, those that could not be read, and those that were gone before they were sorted."""
 
     def __init__(self) -> None:
-        self.started, self.count, self.num_bad = time.perf_counter(), 0, 0
+        self.started, self.count, self.num_bad, self.num_gone = time.perf_counter(), 0, 0, 0
         self.first_bad: Prediction | None = None
+        self.first_gone = ""
 
     def add(self, prediction: Prediction) -> None:
         self.count += 1
@@ -90,8 +91,18 @@ class Tally:
             self.num_bad += 1
             self.first_bad = self.first_bad or prediction
 
+    def note_gone(self, path: str) -> None:
+        self.num_gone += 1
+        self.first_gone = self.first_gone or path
+
     def conclude(self) -> int:
         """Say what came of the images on stderr; return the exit status."""
+        if self.num_gone:
+            tell(
+                f"error: {self.num_gone:,} of {self.count:,} images were gone before they were sorted, first {self.first_gone}"
+            )
+        if self.first_bad is None and self.num_gone:
+            return 1
         if self.first_bad is None:
             seconds = time.perf_counter() - self.started
             tell(f"{self.count:,} images in {seconds:.1f} s, {self.count / seconds:,.0f} images/s")

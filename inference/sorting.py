@@ -25,8 +25,8 @@ class Sorter:
         self.places = [os.path.join(folder, name) for name in folder_names(classes)]
         self.by = by
 
-    def put(self, prediction: Prediction, number: int) -> None:
-        """Put an image into its folder; leave one that could not be read.
+    def put(self, prediction: Prediction, number: int) -> bool:
+        """Put an image into its folder; leave one that could not be read. Return False if it has gone since it was read.
 
         number: of the image among all
 
@@ -34,7 +34,7 @@ class Sorter:
             OSError: that cannot be done.
         """
         if prediction.fault:
-            return
+            return True
         place = self.places[prediction.classes[0]]
         os.makedirs(place, exist_ok=True)
         name = next(
@@ -43,15 +43,18 @@ class Sorter:
         to = os.path.join(place, name)
         if self.by == "link":
             os.symlink(os.path.abspath(prediction.path), to)
-            return
+            return True
         unfinished = os.path.join(place, f".{number}{UNFINISHED}")
         try:
             shutil.copy2(prediction.path, unfinished)
             os.rename(unfinished, to)
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 os.remove(unfinished)
+            if isinstance(error, FileNotFoundError) and error.filename == prediction.path:
+                return False
             raise
+        return True
 
 
 def names_like(path: str, number: int) -> Iterator[str]:

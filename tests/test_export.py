@@ -118,7 +118,7 @@ def test_an_export_answers_as_the_run_by_the_code_of_its_card(run, exported, mon
     assert left["how"]["classes"][left["best"]] in ("ant", "bee") and left["batch"].shape == {
         "beside": (1, 3, 32, 32), "crops": (1, 32, 32, 3), "inside": (1, 50, 70, 3),
     }[preprocessing]  # fmt: skip
-    assert not list(place.parents[1].glob(".export-*"))  # nothing is left aside
+    assert not list(place.parents[1].rglob(".export-*"))  # nothing is left aside
 
 
 def test_a_folder_for_the_hub(exported):

@@ -338,6 +338,21 @@ def test_images_of_one_name_and_class_are_kept_apart(two, tmp_path, capfd):
     assert len({path.read_bytes() for path in (tmp_path / "sorted").rglob("*.png")}) == 3
 
 
+def test_an_image_that_goes_before_it_is_sorted_costs_itself_alone(two, tmp_path, capfd, monkeypatch):
+    images = make_images(tmp_path / "images", ["0.png", "1.png"])
+    copy = shutil.copy2
+
+    def late(source, target):
+        (images / "0.png").unlink(missing_ok=True)
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copy2", late)
+    assert call(two, images, "--sort", tmp_path / "sorted") == 1
+    rows, told = capfd.readouterr()
+    assert len(table(rows)) == 2 and "error: 1 of 2 images were gone before they were sorted, first" in told
+    assert os.listdir(tmp_path / "sorted" / "ant") == ["1.png"]
+
+
 def test_folders_are_named_as_any_system_takes_them():
     assert folder_names(["ant", "bee"]) == ["ant", "bee"]
     assert folder_names(["a/b", "..", "c:d"]) == ["a_b", "_", "c_d"]

@@ -38,13 +38,18 @@ def send(folder: str) -> None:
         task = Task.get_task(**place)
     task = task or Task.create(**place)
     task.mark_started(force=True)
-    with tempfile.TemporaryDirectory() as whole:
-        for name in pages:
-            path = os.path.join(whole, name)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(in_one_file(folder, name))
-            task.get_logger().report_media(NAME, os.path.splitext(name)[0], iteration=0, local_path=path)
-        task.flush(wait_for_uploads=True)
+    try:
+        with tempfile.TemporaryDirectory() as whole:
+            for name in pages:
+                path = os.path.join(whole, name)
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(in_one_file(folder, name))
+                task.get_logger().report_media(NAME, os.path.splitext(name)[0], iteration=0, local_path=path)
+            task.flush(wait_for_uploads=True)
+    except Exception:
+        with suppress(Exception):  # the first error is the one that tells
+            task.mark_failed(force=True)
+        raise
     task.mark_completed(force=True)
     print(f"ClearML: task {task.id}, {task.get_output_log_web_page()}")
 
@@ -75,8 +80,13 @@ def main(argv: Sequence[str]) -> int:
         except Exception as error:  # of the SDK, the network, the server: anything
             failed.append(error)
 
-    if not watched(work, SECONDS, lambda: why_no_server() or why_no_files()):
-        abandon("ClearML: the server stopped answering; the same command sends the figures anew")
+    try:
+        in_time = watched(work, SECONDS, lambda: why_no_server() or why_no_files())
+        stopped = None if in_time else "the server stopped answering"
+    except KeyboardInterrupt:
+        stopped = "interrupted"
+    if stopped:
+        abandon(f"ClearML: {stopped}; the same command sends the figures anew")
         return 1
     for error in failed:
         if isinstance(error, ConfigError):
