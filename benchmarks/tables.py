@@ -24,7 +24,8 @@ from Graphs.marks import markdown, write_tables  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 
-# Table: the file of rows, the ways shown, and columns: heading, key of a row or of its settings (after a dot), format.
+# Table: the file of rows, the ways shown (none named: all), and columns: heading, key of a row or of its settings (after a
+# dot), format.
 TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]] = {
     "loader": ("loader", ("reference", "worker", "store-worker", "store-device"), (
         ("images", ".data", "{}"), ("crop, px", ".image_size", "{}"), ("policy", ".policy", "{}"), ("way", "way", "{}"),
@@ -65,6 +66,10 @@ TABLES: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, str, str], ...]]]
     "prediction_memory": ("prediction", ("memory", "memory-tenfold"), (
         ("model", "model", "{}"), ("size, px", "image_size", "{}"), ("images", "images", "{:,}"), ("damaged", "damaged", "{:,}"),
         ("every one a row", "every_one_a_row", "{}"), ("most memory, GiB", "peak_rss_gib", "{:.2f}"), ("times that for a tenth", "times_fewer", "{:.2f}"),
+    )),
+    "fit_time": ("fit_time", (), (
+        ("run", "way", "{}"), ("image sizes, px", "image_sizes", "{}"), ("epochs", "epochs", "{}"), ("asked, s", "asked_seconds", "{:,.0f}"), ("took, s", "seconds", "{:,.1f}"),
+        ("used", "share_used", "{:.1%}"), ("within", "within", "{}"), ("longer than forecast", "forecast_error", "{:+.1%}"),
     )),
     "gpu_ceilings": ("gpu", ("bfloat16 product", "memory, read and written", "upload from pinned memory", "launch of a kernel", "a kernel in a CUDA graph"), (
         ("of", "way", "{}"), ("TFLOP/s", "tflops", "{:,.0f}"), ("GB/s", "gb_per_second", "{:,.0f}"), ("µs", "microseconds", "{:.2f}"),
@@ -107,10 +112,12 @@ def newest(rows: list[dict[str, Any]], ways: tuple[str, ...]) -> list[dict[str, 
     """
     kept: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row["way"] in ways:
+        if not ways or row["way"] in ways:
+            settings = {
+                name: value for name, value in row["settings"].items() if name != "runs"
+            }  # which were asked for
             key = json.dumps(
-                [row["settings"], row["machine"], row["way"], row.get("image_size"), row.get("batch_size")],
-                sort_keys=True,
+                [settings, row["machine"], row["way"], row.get("image_size"), row.get("batch_size")], sort_keys=True
             )
             kept[key] = row
     return list(kept.values())

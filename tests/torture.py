@@ -3,7 +3,7 @@
     python tests/torture.py                     all of it, each form at least once: about ten minutes on two cores
     python tests/torture.py --minutes 600       as often as that time allows
     python tests/torture.py kills flips         some of it
-    python tests/torture.py --save, --write     keep the counts; write them into the table of docs/reliability.md
+    python tests/torture.py --save, --write     keep the counts; write them, and fuzz.py's, into docs/reliability.md
 
 Each run is of the tests' size. It counts as spoilt if it does not end with the bits of a run left alone, prints a
 traceback, waits too long, or leaves files behind; the first few are described on stderr, and the status is then 1.
@@ -41,6 +41,7 @@ from reporting.records import commit  # noqa: E402
 from settings.errors import ConfigError  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
+FUZZED = ROOT / "results" / "reliability_data.json"  # of fuzz.py
 PAGE = ROOT / "docs" / "reliability.md"
 
 # ---- kills and signals at any moment ----
@@ -352,6 +353,16 @@ def table() -> str:
     return markdown(["what was done", "times", "spoilt", "what came of it", "command"], rows)
 
 
+def fuzzed() -> str:
+    """Format what fuzz.py counted last in Markdown."""
+    counts = ("examples", "taken", "refused in one line", "tracebacks", "taken and wrong")
+    rows = [
+        [row["what"].removeprefix("fuzzed "), *(f"{row[count]:,}" for count in counts)]
+        for row in json.loads(FUZZED.read_text())
+    ]
+    return markdown(["what was drawn", *counts], rows)
+
+
 def save(kind: str, command: str, rows: list[dict]) -> None:
     """Keep the counts of a kind; those of others stay."""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -366,7 +377,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=0.0, help="to spend, shared among the kinds")
     parser.add_argument("--seed", type=int, default=None, help="of the moments and bits; unset: others each time")
     parser.add_argument("--save", action="store_true", help="keep the counts, for --write")
-    parser.add_argument("--write", action="store_true", help="write the table of docs/reliability.md")
+    parser.add_argument("--write", action="store_true", help="write the tables of docs/reliability.md")
     given = parser.parse_args(arguments)
     unknown = set(given.kinds) - set(KINDS)
     if unknown:
@@ -383,7 +394,7 @@ def main(arguments: list[str]) -> int:
             if given.save:
                 save(kind, f"python tests/torture.py {kind} --minutes {given.minutes / len(kinds):g}", rows)
     if given.write:
-        write_tables(str(PAGE), {"counts": table})
+        write_tables(str(PAGE), {"fuzzed": fuzzed, "counts": table})
     return min(spoilt, 1)
 
 
