@@ -88,7 +88,7 @@ class Queue:
         send_settings(task, run.config)
         return task
 
-    def machine(self) -> dict[str, Any]:
+    def machine(self, run: Run) -> dict[str, Any]:
         return {}
 
 
