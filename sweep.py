@@ -8,29 +8,37 @@
 What follows `--` goes to every run. All runs are checked before the first starts. Finished runs have a row in
 `results/` and are not run again; a run that was cut goes on where it stopped. A run that fails does not end the rest.
 
-Exit status: 0 all runs finished; 1 some failed; 2 wrong input; 3 stopped before the end, the same command continues.
+Exit status: 0 all runs finished; 1 some failed, or a disk or server did; 2 wrong input; 3 stopped before the end, the same command continues.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from filelock import FileLock, Timeout
 
 from images.datasets import load_data
-from settings.errors import ConfigError, tell
+from settings.errors import ConfigError, RunError, tell
 from settings.values import seconds
-from studies.launch import Local
+from studies.held_out import load_held_out
+from studies.launch import STOPPED, Local
 from studies.rows import Results
-from studies.runner import Runner
+from studies.runner import Runner, fault
 from studies.screen import Screen
 from studies.study import Study, read_study
 from tracking.queue import Queue
 from utils import Runtime
+
+# What data are, and which of them: runs with the same have the same images
+DATA = (
+    "dataset", "data_path", "train_split", "val_split", "hub_config", "image_column", "label_column", "train_list", "val_list",
+    "on_bad_image",
+)  # fmt: skip
 
 
 def main(options: argparse.Namespace, flags: Sequence[str]) -> int:
@@ -39,17 +47,22 @@ def main(options: argparse.Namespace, flags: Sequence[str]) -> int:
     folder = os.path.join(options.output_dir, name)
     deadline = None if options.time_budget is None else time.monotonic() + seconds(options.time_budget)
     study = read_study(options.study, folder, flags)
-    results = Results(study, options.results)
+    results = Results(study, options.results)  # wrong ones are told before data are looked for
     with Screen(study) as screen:
         if options.plan:
             try:
-                screen.plan(count_images(study, fetch=False), results.rows)
+                screen.plan(count_images(study, fetch=False), results.finished())
             except ConfigError as error:
-                screen.plan(None, results.rows, str(error))
+                screen.plan(None, results.finished(), str(error))
             return 0
         images = count_images(study)
-        screen.plan(images, results.rows)
-        with alone(folder):
+        lock = os.path.join(options.results, f".{name}.lock")
+        with (
+            alone(os.path.join(folder, ".lock"), f"works in {folder}; wait for it, or give another --output-dir"),
+            alone(lock, f"writes {results.path()}; wait for it, or give another --results"),
+        ):
+            results.read()  # again: a sweep that has just ended may have written some
+            screen.plan(images, results.finished())
             launcher = Queue(options.queue, study.runs) if options.on == "clearml" else Local(options.parallel)
             status = Runner(study, results, launcher, images, deadline, screen.update, options.keep_checkpoints).run()
         screen.outcome(results.rows)
@@ -65,44 +78,42 @@ def count_images(study: Study, fetch: bool = True) -> dict[str, int]:
         ConfigError: naming the condition whose data are not there.
     """
     counts: dict[tuple, int] = {}
-    found = {}
+    found, runtime = {}, Runtime(device=torch.device("cpu"))
     for run in study.runs:
         config = run.config if fetch else replace(run.config, download=False)
-        wanted = [config]
-        if run.held_out is not None:
-            wanted.append(replace(config, val_split=run.held_out, val_list=None))
-        for one in wanted:
-            key = (one.dataset, one.data_path, one.train_split, one.val_split, one.train_list, one.val_list)
-            if key not in counts:
-                try:
-                    counts[key] = len(load_data(one, Runtime(device=torch.device("cpu"))).train)
-                except ConfigError as error:
-                    raise ConfigError(f"condition {run.condition}: {error}") from error
-            found[run.condition] = counts[key]
+        key = (run.held_out, *(getattr(config, name) for name in DATA))
+        if key not in counts:
+            try:
+                held_out = run.held_out
+                data = load_data(config, runtime) if held_out is None else load_held_out(config, held_out, runtime)
+            except ConfigError as error:
+                raise ConfigError(f"condition {run.condition}: {error}") from error
+            counts[key] = len(data.train)
+        found[run.condition] = counts[key]
     return found
 
 
-class alone:
-    """Within, no other sweep works in `folder`; the lock of a dead one does not count.
+@contextmanager
+def alone(lock: str, does: str) -> Iterator[None]:
+    """Let no other sweep hold the file `lock` within the block; the lock of a dead one does not count.
+
+    does: what the other one does, and what helps
 
     Raises:
-        ConfigError: one does.
+        ConfigError: another holds it.
     """
-
-    def __init__(self, folder: str):
-        os.makedirs(folder, exist_ok=True)
-        self.folder, self.lock = folder, FileLock(os.path.join(folder, ".lock"))
-
-    def __enter__(self) -> None:
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ConfigError(
-                f"another sweep works in {self.folder}; wait for it, or give another --output-dir"
-            ) from error
-
-    def __exit__(self, *exception: object) -> None:
-        self.lock.release()
+    os.makedirs(os.path.dirname(lock) or ".", exist_ok=True)
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"another sweep {does}") from error
+    except NotImplementedError:
+        pass  # a disk that knows no locks
+    try:
+        yield
+    finally:
+        held.release()
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,9 +150,20 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, flags
 
 
-if __name__ == "__main__":
+def run(argv: Sequence[str]) -> int:
+    """Run the program; return the exit status. What goes wrong outside of a run is told in one line."""
     try:
-        sys.exit(main(*read_options(sys.argv[1:])))
+        return main(*read_options(argv))
     except ConfigError as error:
         tell(error)
-        sys.exit(2)
+        return 2
+    except (RunError, OSError) as error:
+        tell(f"error: {fault(error)}")
+        return 1
+    except KeyboardInterrupt:
+        tell("stopped; the same command goes on")
+        return STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

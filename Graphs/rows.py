@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from studies.rows import Row
-from studies.study import read_mapping
+from studies.study import read_conditions, read_mapping
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 STUDIES = os.path.join("configs", "studies")
@@ -59,8 +59,9 @@ def first_and_last(value: Any) -> tuple[float, float] | None:
 def comparison(study: str, rows: Sequence[Row], condition: str) -> tuple[str, str]:
     """Find the column that counts for a condition, and the condition it is compared with, as the study's file says."""
     content = study_file(study)
-    own = (content.get("conditions") or {}).get(condition) or {}
-    control = own.get("control", content.get("control", rows[0]["condition"]))
+    conditions = read_conditions(content, study) if content else {}
+    own = conditions.get(condition, {})
+    control = own.get("control", content.get("control", next(iter(conditions), rows[0]["condition"])))
     return str(own.get("metric", content.get("metric", "top1"))), str(control)
 
 

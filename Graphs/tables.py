@@ -12,7 +12,7 @@ from settings.resolve import resolve
 from settings.table import DEFAULTS, SCHEDULES, SETTINGS, show
 from stages import make_plan
 from studies.rows import Row, read_rows
-from studies.statistics import Estimate, difference, mean_of
+from studies.statistics import Estimate, difference, estimate_text, mean_of, number_form
 
 OUTPUT = "output.txt"  # what a run in results/ printed
 STUDY_NAMES = ("reproduce", "staged_192px", "schedules", "epochs", "dropout", "image_size", "ra_magnitude", "transfer", "class_weights")  # fmt: skip
@@ -134,9 +134,9 @@ class Tables:
             taken = sum(spent(row) for row in rows if row["condition"] == name) / len(places[name])
             lines.append([
                 f"[{name}]({self.up}{STUDIES}/{study}.yaml)", f"[{len(places[name])}]({place})",
-                *(estimate_text(mean_of(rows, name, column)) if column == metric else "" for column in metrics),
-                verdict(found, control), f"{taken:.1f}",
-                *(estimate_text(mean_of(rows, name, column)) for column in beside),
+                *(estimate_text(mean_of(rows, name, column), number_form(column)) if column == metric else "" for column in metrics),
+                verdict(found, metric, control), f"{taken:.1f}",
+                *(estimate_text(mean_of(rows, name, column), number_form(column)) for column in beside),
             ])  # fmt: skip
         heads = ["condition", "runs", *(f"{LABELS[metric]}, 95 % interval" for metric in metrics), "difference, paired by seed", f"{unit} of training", *(LABELS[column] for column in beside)]  # fmt: skip
         return markdown(heads, lines)
@@ -154,7 +154,7 @@ class Tables:
                 metric, control = comparison(chosen, rows, name)
                 found = None if name == control else difference(rows, name, control, metric)
                 if found is not None and not found.undecided:
-                    apart.append(f"*{name}* {estimate_text(found, '+.2f')} {against(control)}")
+                    apart.append(f"*{name}* {verdict(found, metric, control)}")
                 elif found is not None:
                     undecided.append(f"*{name}*")
             said = "; ".join(apart) or "nothing separates"
@@ -206,23 +206,12 @@ class Tables:
         return estimate_text(found, form)
 
 
-def estimate_text(found: Estimate | None, form: str = ".2f") -> str:
-    """Format an estimate as `71.20 [69.80, 72.60]`."""
-    if found is None:
-        return ""
-    text = format(found.mean, form)
-    return text if found.low is None or found.high is None else f"{text} [{found.low:{form}}, {found.high:{form}}]"
-
-
-def verdict(found: Estimate | None, control: str) -> str:
+def verdict(found: Estimate | None, metric: str, control: str) -> str:
     """Format a difference, and say where its interval does not separate it from none."""
     if found is None:
         return ""
-    return f"{estimate_text(found, '+.2f')} {against(control)}" + (", undecided" if found.undecided else "")
-
-
-def against(control: str) -> str:
-    return f"against {control}"
+    text = estimate_text(found, f"+{number_form(metric)}")
+    return f"{text} against {control}" + (", undecided" if found.undecided else "")
 
 
 # ---- settings and plans ----

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from images.datasets import Data, load_data
+from images.datasets import Data, Images, ImageTree, count_common, load_data
+from images.encoded import EncodedImages
 from images.loaders import eval_loader
 from images.workers import closing_loader
 from learning.learner import build_learner
@@ -25,6 +26,8 @@ from reporting.assessment import receiver_operating, scores_of
 from reporting.folder import BEST, HELD_OUT, RunFolder
 from settings.errors import ConfigError, tell
 from settings.resolve import resolve
+from settings.table import Config
+from studies.study import with_held_out
 from utils import Runtime, start_runtime
 
 
@@ -32,18 +35,42 @@ def evaluate_held_out(folder: RunFolder, split: str) -> dict[str, Any]:
     """Evaluate the best weights of a run on another split.
 
     Raises:
-        ConfigError: no run, no such split, or one of other classes.
+        ConfigError: no run; as `load_held_out`.
     """
     if folder.summary() is None:
         raise ConfigError(f"{folder.path} holds no finished run; give the folder of one")
     values = folder.settings()
     values.pop("weights", None)
-    config = replace(resolve([], values), val_split=split, val_list=None, decode_cache="off")
+    config = replace(resolve([], values), decode_cache="off")
     runtime = start_runtime(config)
-    data = load_data(config, runtime)
+    data = load_held_out(config, split, runtime)
     learner, _ = build_learner(config, len(data.classes), read_weights(config.model, folder.at(BEST)), runtime)
     logits, targets = predict(learner.model, data, config, runtime)
     return scores(logits, targets)
+
+
+def load_held_out(config: Config, split: str, runtime: Runtime) -> Data:
+    """Load the data of a run, with the images of another split in the place of its validation images.
+
+    Raises:
+        ConfigError: no such split, one of other classes, or with images by which the best weights were chosen.
+    """
+    data, chosen_by = (load_data(one, runtime) for one in (with_held_out(config, split), config))
+    shared = count_shared(data.val, chosen_by.val)
+    if shared:
+        raise ConfigError(
+            f"held_out {split}: {shared} of its {len(data.val)} images are validation images, by which the best weights "
+            "are chosen; give others"
+        )
+    return data
+
+
+def count_shared(one: Images, other: Images) -> int:
+    """Count the images that two splits share by name: those of folders one by one, those of the Hub all or none."""
+    if isinstance(one, ImageTree) and isinstance(other, ImageTree):
+        return count_common(one.samples, other.samples)
+    same = isinstance(one, EncodedImages) and isinstance(other, EncodedImages) and one.root == other.root
+    return len(one) if same else 0
 
 
 @torch.inference_mode()

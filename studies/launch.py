@@ -1,22 +1,25 @@
 """How a run of a study is carried out: as a process of this machine."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 import psutil
 
 from learning.checkpoint import previous_checkpoint
-from reporting.folder import RunFolder
+from reporting.folder import BEST, SUMMARY, RunFolder
+from settings.errors import ConfigError
 from studies.study import Run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAM = os.path.join(ROOT, "train.py")
 LOG = "train.log"  # in a run's folder: what it printed
+NOTE = "study.json"  # there: the digest of the settings it is trained with, and how it has the machine
 STOPPED = 3  # exit status of a run that was stopped and saved
 
 
@@ -42,12 +45,16 @@ class Launcher(Protocol):
     at_once: int
 
     def find(self, runs: Sequence[Run]) -> dict[Run, Attempt]:
-        """Find those of `runs` that a sweep which was killed has left under way."""
+        """Find those of `runs`, which have no row, that a sweep which was killed has left under way.
+
+        Raises:
+            ConfigError: what a run's folder holds is of other settings.
+        """
 
     def start(self, run: Run) -> Attempt: ...
 
-    def machine(self) -> dict[str, Any]:
-        """Describe how a run has the machine, for its row."""
+    def machine(self, run: Run) -> dict[str, Any]:
+        """Describe how a run has had the machine, for its row."""
 
 
 class Local:
@@ -61,40 +68,57 @@ class Local:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.share = max(1, cores // at_once)
         own = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-        self.threads = int(own) if own.isdigit() and int(own) else self.share
+        threads = int(own) if own.isdigit() and int(own) else self.share
+        self.each = {"threads": threads, "at_once": at_once}
 
     def find(self, runs: Sequence[Run]) -> dict[Run, Attempt]:
+        check_folders(runs)
         left = processes_left(runs)
-        return {run: LeftProcess(run, process) for run, process in left.items()}
+        return {run: LeftProcess(process) for run, process in left.items()}
 
     def start(self, run: Run) -> Attempt:
         flags = list(run.flags)
         if run.config.workers > self.share and self.at_once > 1 and not {"--workers", "-j"} & {*flags}:
             flags += ["--workers", str(self.share)]
-        return OwnProcess(run, flags, self.threads)
+        return OwnProcess(run, flags, self.each)
 
-    def machine(self) -> dict[str, Any]:
-        return {"threads": self.threads, "at_once": self.at_once}
+    def machine(self, run: Run) -> dict[str, Any]:
+        note = noted(run)
+        return {name: note.get(name, value) for name, value in self.each.items()}
 
 
 class OwnProcess:
-    """A run that this sweep has started: the training, and where asked for the evaluation on held-out images."""
+    """A run that this sweep has started: the training, and where asked for the evaluation on held-out images.
 
-    def __init__(self, run: Run, flags: Sequence[str], threads: int):
+    One that has trained to its end before, but has no row, is not trained again.
+
+    machine: how it has the machine: "threads", and what else its row is to tell
+
+    Raises:
+        ConfigError: as `check_folders`.
+    """
+
+    def __init__(self, run: Run, flags: Sequence[str], machine: Mapping[str, int]):
+        check_folders([run])
         self.run, self.asked = run, False
         self.environment = {
             **os.environ,
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(machine["threads"]),
             "PYTHONPATH": os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")])),
         }
         os.makedirs(run.folder, exist_ok=True)
         folder = RunFolder(run.folder)
-        if not any(map(os.path.exists, (folder.checkpoint, previous_checkpoint(folder.checkpoint)))):
-            folder.clear()  # nothing to go on from: what lies there is of a run whose row was removed
+        self.steps: list[list[str]] = []
+        if not (is_trained(run) and noted(run).get("settings") == run.settings_digest):
+            if not has_checkpoint(run):
+                folder.clear()  # nothing to go on from: it failed or was cut before that, or its best weights are gone
+            folder.write(NOTE, json.dumps({"settings": run.settings_digest, **machine}))
+            self.steps.append([PROGRAM, *flags, "--resume", "auto"])
+        if run.held_out is not None:
+            self.steps.append(["-m", "studies.held_out", run.folder, run.held_out])
         self.log = folder.at(LOG)
         self.log_start = os.path.getsize(self.log) if os.path.exists(self.log) else 0
-        self.after = [] if run.held_out is None else [["-m", "studies.held_out", run.folder, run.held_out]]
-        self.process = self.begin([PROGRAM, *flags, "--resume", "auto"])
+        self.process = self.begin(self.steps.pop(0)) if self.steps else None
 
     def begin(self, command: Sequence[str]) -> subprocess.Popen:
         """Start a process that writes to the run's log."""
@@ -106,22 +130,23 @@ class OwnProcess:
             )  # fmt: skip
 
     def poll(self) -> int | None:
-        status = self.process.poll()
-        if status == 0 and self.after:
+        status = 0 if self.process is None else self.process.poll()
+        if status == 0 and self.steps:
             if self.asked:
                 return STOPPED
-            self.process = self.begin(self.after.pop(0))
+            self.process = self.begin(self.steps.pop(0))
             return None
-        # Told to stop before it could listen, or while it closed
-        return STOPPED if self.asked and status in (-signal.SIGTERM, 128 + signal.SIGTERM) else status
+        # Told to stop before it could listen, before it had saved anything, or while it closed
+        return STOPPED if self.asked and status in (1, -signal.SIGTERM, 128 + signal.SIGTERM) else status
 
     def stop(self) -> None:
         self.asked = True
-        self.process.terminate()
+        if self.process is not None:
+            self.process.terminate()
 
     def reason(self) -> str:
         """Find what says why: the signal that killed it, its last error, else its last line."""
-        status = self.process.returncode
+        status = 0 if self.process is None else self.process.returncode
         if status < 0:
             name = signal.Signals(-status).name
             return f"killed by signal {name}{', as when memory runs out' if name == 'SIGKILL' else ''}"
@@ -133,24 +158,64 @@ class OwnProcess:
 
 
 class LeftProcess:
-    """A run that a killed sweep has left training: not our child, so how it ended shows in its folder."""
+    """A run that a killed sweep has left training: not our child, so how it ended shows in its folder.
 
-    def __init__(self, run: Run, process: psutil.Process):
-        self.run, self.process = run, process
+    It always ends as stopped, and is started again, which finds and checks what there is.
+    """
+
+    def __init__(self, process: psutil.Process):
+        self.process = process
 
     def poll(self) -> int | None:
         with suppress(psutil.Error):
             if self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE:
                 return None
-        finished = RunFolder(self.run.folder).summary() is not None and self.run.held_out is None
-        return 0 if finished else STOPPED  # started again, which finds what there is
+        return STOPPED
 
     def stop(self) -> None:
         with suppress(psutil.Error):
             self.process.terminate()
 
     def reason(self) -> str:
-        return "ended without a word"  # never asked: it finished, or goes on in a new process
+        return "ended without a word"  # never asked: it goes on in a new process
+
+
+def has_checkpoint(run: Run) -> bool:
+    path = RunFolder(run.folder).checkpoint
+    return any(map(os.path.exists, (path, previous_checkpoint(path))))
+
+
+def is_trained(run: Run) -> bool:
+    """Check whether a run has trained to its end here; one that was cut has best weights as well."""
+    folder = RunFolder(run.folder)
+    return folder.has(BEST) and folder.has(SUMMARY)
+
+
+def noted(run: Run) -> dict[str, Any]:
+    """Read what a sweep has noted of the run in a folder; nothing where none has."""
+    return RunFolder(run.folder).read_json(NOTE) or {}
+
+
+def check_folders(runs: Iterable[Run]) -> None:
+    """Check that what lies in the folders of runs, which have no row, is of the settings that they have now.
+
+    What was cut would go on under its old settings, what has finished would be lost.
+
+    Raises:
+        ConfigError: naming the folders where it is not.
+    """
+    others = []
+    for run in runs:
+        now, goes_on = run.settings_digest, has_checkpoint(run)
+        # Of one that goes on and that no sweep has noted, train.py finds it out
+        then = noted(run).get("settings", now if goes_on else None)
+        if then != now and (goes_on or is_trained(run)):
+            others.append(run.folder)
+    if others:
+        raise ConfigError(
+            f"runs that have no row, and are not of the settings now, lie in {', '.join(others)}; remove what need not be "
+            "kept, or give another --output-dir"
+        )
 
 
 def processes_left(runs: Sequence[Run]) -> dict[Run, psutil.Process]:

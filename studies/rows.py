@@ -85,33 +85,52 @@ class Results:
 
     def __init__(self, study: Study, folder: str):
         self.study, self.folder = study, folder
-        self.rows = read_rows(self.path())
-        self.epochs = read_rows(self.path("epochs"))
-        expected = {(run.condition, run.seed): run.settings_digest for run in study.runs}
+        self.read()
+
+    def read(self) -> None:
+        """Read the rows there are; again, once no other sweep writes them.
+
+        Raises:
+            ConfigError: as `Results`.
+        """
+        self.rows = read_rows(self.path(), ("condition", "seed", "settings"))
+        self.epochs = read_rows(self.path("epochs"), ("condition", "seed", "epoch"))
+        # Of every seed, also of those that the study names no more: means and differences are over all of a condition
+        expected = {run.condition: run.settings_digest for run in self.study.runs}
         for row in self.rows:
-            key = (row["condition"], row["seed"])
-            if expected.get(key, row["settings"]) != row["settings"]:
+            now = expected.get(row["condition"], row["settings"])
+            if row["settings"] != now:
                 raise ConfigError(
                     f"{self.path()} has {row['condition']}, seed {row['seed']} with other settings (their digest "
-                    f"{row['settings']}, now {expected[key]}); give another folder as --results, or remove the row"
+                    f"{row['settings']}, now {now}); give another folder as --results, or remove the row and the run's folder"
                 )
 
     def path(self, part: str = "") -> str:
         return os.path.join(self.folder, f"{self.study.name}{'_' if part else ''}{part}.csv")
 
     def row(self, run: Run) -> Row | None:
-        """Find the row of a run; None if it is not finished."""
-        return next((row for row in self.rows if (row["condition"], row["seed"]) == (run.condition, run.seed)), None)
+        """Find the row of a run; None if it is not finished, or not evaluated on the held-out images that it has now."""
+        key = (run.condition, run.seed)
+        found = next((row for row in self.rows if (row["condition"], row["seed"]) == key), None)
+        lacks = found is not None and run.held_out is not None and found.get("held_out_top1") is None
+        return None if lacks else found
+
+    def finished(self) -> list[Row]:
+        """List the rows of the runs that the study has now."""
+        return [row for row in map(self.row, self.study.runs) if row is not None]
 
     def add(self, run: Run, row: Row, epochs: Sequence[Row]) -> None:
-        """Add a finished run, and write all files anew, each by way of a temporary one.
+        """Add a finished run, in the place of the row it may have, and write all files anew by way of temporary ones.
 
         The row comes last, so that a run which has one has everything.
         """
         key = {"condition": run.condition, "seed": run.seed}
-        self.epochs = [row for row in self.epochs if {"condition": row["condition"], "seed": row["seed"]} != key]
-        self.epochs = self.ordered([*self.epochs, *(key | epoch for epoch in epochs)])
-        self.rows = self.ordered([*self.rows, key | row])
+        rows, other_epochs = (
+            [old for old in kept if {"condition": old["condition"], "seed": old["seed"]} != key]
+            for kept in (self.rows, self.epochs)
+        )
+        self.epochs = self.ordered([*other_epochs, *(key | epoch for epoch in epochs)])
+        self.rows = self.ordered([*rows, key | row])
         os.makedirs(self.folder, exist_ok=True)
         write_rows(self.path("epochs"), self.epochs)
         write_rows(self.path(), self.rows)
@@ -201,17 +220,21 @@ def epoch_rows(run: Run) -> list[Row]:
     return rows
 
 
-def read_rows(path: str) -> list[Row]:
+def read_rows(path: str, needed: Sequence[str] = ()) -> list[Row]:
     """Read a file of rows; a file that is not there has none. Numbers become numbers, empty cells None.
+
+    needed: columns that there must be
 
     Raises:
         ConfigError: not a file of rows.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return [
-                {name: typed(name, text) for name, text in row.items()} for row in csv.DictReader(file, strict=True)
-            ]
+        with open(path, encoding="utf-8-sig", newline="") as file:  # a spreadsheet puts a mark at the beginning
+            rows = list(csv.DictReader(file, strict=True))
+        for name in needed:
+            if rows and name not in rows[0]:
+                raise ValueError(f"no column {name}, commas between columns")
+        return [{name: typed(name, text) for name, text in row.items()} for row in rows]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, csv.Error, AttributeError, TypeError) as error:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from learning.checkpoint import previous_checkpoint
-from reporting.folder import BEST, RunFolder
-from studies.launch import STOPPED, Attempt, Launcher
+from learning.faults import one_line
+from reporting.folder import RunFolder
+from settings.errors import ConfigError, RunError, first_line, outside_training
+from studies.launch import STOPPED, Attempt, Launcher, is_trained
 from studies.rows import Results, Row, epoch_rows, finished_row
+from studies.statistics import number_form
 from studies.study import Run, Study
 
 POLL_SECONDS = 0.5
@@ -62,10 +65,10 @@ class Runner:
         self.progress = {run: Progress() for run in study.runs}
         self.attempts: dict[Run, Attempt] = {}
         self.stopping, self.told = False, set[Run]()
-        needed: set[Run] = set()  # for their weights, even if they have a row
+        needed: set[Run] = set()  # for their weights, even if they have a row: that may be of another machine
         for run in reversed(study.runs):  # whose weights others start from comes before them
             row = results.row(run)
-            if row is not None and (run not in needed or has_weights(run)):
+            if row is not None and (run not in needed or is_trained(run)):
                 self.progress[run] = Progress("done", run.plan.num_epochs, note=self.outcome(run, row))
             elif run.source is not None:
                 needed.add(run.source)
@@ -109,11 +112,20 @@ class Runner:
     def fill(self) -> None:
         """Start runs until as many are under way as may be."""
         for run in self.study.runs:
-            if len(self.attempts) >= self.launcher.at_once:
+            if self.stopping or len(self.attempts) >= self.launcher.at_once:
                 return
             if self.progress[run].state in ("waiting", "stopped") and self.ready(run):
                 self.progress[run].state = "training"
-                self.attempts[run] = self.launcher.start(run)
+                with self.failing(run):
+                    self.attempts[run] = self.launcher.start(run)
+
+    @contextmanager
+    def failing(self, run: Run) -> Iterator[None]:
+        """Have an error of the machine or a server within the block fail this run alone."""
+        try:
+            yield
+        except (ConfigError, RunError, OSError) as error:
+            self.progress[run].state, self.progress[run].note = "failed", fault(error)
 
     def ready(self, run: Run) -> bool:
         """Check whether the run whose weights another starts from is done; if it failed, so has this one."""
@@ -139,19 +151,22 @@ class Runner:
         records = RunFolder(run.folder).metrics()
         progress.epoch = len(records)
         progress.seconds = sum(record["epoch_seconds"] for record in records)
-        progress.work = self.images[run.condition] * sum(costs[record["stage"]] for record in records)
+        # A run that was begun as another one, which train.py refuses to go on with, may have had more stages
+        known = [costs[record["stage"]] for record in records if record["stage"] < len(costs)]
+        progress.work = self.images[run.condition] * sum(known)
 
     def conclude(self, run: Run, status: int, attempt: Attempt) -> None:
         """Note how a run ended, and keep its rows if it is finished."""
         progress = self.progress[run]
         if status == 0:
-            row = self.results.row(run)
-            if row is None:
-                row = finished_row(run, self.study, self.launcher.machine())
-                self.results.add(run, row, epoch_rows(run))
-            progress.state, progress.note = "done", self.outcome(run, row)
-            if not self.keep:
-                discard_checkpoints(run.folder)
+            with self.failing(run):
+                row = self.results.row(run)
+                if row is None:
+                    row = finished_row(run, self.study, self.launcher.machine(run))
+                    self.results.add(run, row, epoch_rows(run))
+                if not self.keep:
+                    discard_checkpoints(run.folder)
+                progress.state, progress.note = "done", self.outcome(run, row)
         elif status == STOPPED:
             progress.state = "stopped"
         else:
@@ -159,7 +174,7 @@ class Runner:
 
     def outcome(self, run: Run, row: Row) -> str:
         metric = self.study.metrics[run.condition]
-        return "" if row.get(metric) is None else f"{metric} {row[metric]:.2f}"
+        return "" if row.get(metric) is None else f"{metric} {row[metric]:{number_form(metric)}}"
 
     def seconds_left(self) -> float | None:
         """Predict the seconds of training that are left, from those of the epochs so far; None before the first."""
@@ -175,9 +190,11 @@ class Runner:
         return left * spent / work / self.launcher.at_once
 
 
-def has_weights(run: Run) -> bool:
-    """Check whether the best weights of a run are here; a run that was trained elsewhere has only its row here."""
-    return RunFolder(run.folder).has(BEST)
+def fault(error: Exception) -> str:
+    """Describe in one line an error that is not of training: the thing, where it is, what helps."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    return outside_training(RunError(one_line(error) or f"{type(error).__name__}: {first_line(error)}"))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from studies.rows import Row
 from studies.runner import Progress, Runner
-from studies.statistics import Estimate, difference, mean_of
+from studies.statistics import difference, estimate_text, mean_of, number_form
 from studies.study import Study
 
 COLOURS = {"done": "green", "failed": "red", "training": "cyan", "stopped": "yellow", "waiting": "dim"}
@@ -124,8 +124,9 @@ class Screen:
                 continue
             against = difference(rows, condition, control, metric) if condition != control else None
             verdict = "" if against is None else "undecided" if against.undecided else "differs"
-            above = "" if against is None else f"{estimate_text(against, sign=True)} than {control}"
-            lines.append([condition, found.n, f"{metric} {estimate_text(found)}", above, verdict])
+            form = number_form(metric)
+            above = "" if against is None else f"{estimate_text(against, f'+{form}')} than {control}"
+            lines.append([condition, found.n, f"{metric} {estimate_text(found, form)}", above, verdict])
         if lines:
             heads = ["condition", "n", "mean, 95 % interval", "higher by, paired by seed", ""]
             self.console.print(plain_table(heads, lines))
@@ -136,12 +137,3 @@ def state_text(progress: Progress, epochs: int) -> str:
     if progress.state == "training":
         return f"training, {progress.epoch} of {epochs} epochs"
     return f"{progress.state}{', ' if progress.note else ''}{progress.note}"
-
-
-def estimate_text(found: Estimate | None, sign: bool = False) -> str:
-    """Format an estimate as `71.20 [69.80, 72.60]`."""
-    if found is None:
-        return ""
-    form = "{:+.2f}" if sign else "{:.2f}"
-    text = form.format(found.mean)
-    return text if found.low is None else f"{text} [{form.format(found.low)}, {form.format(found.high)}]"

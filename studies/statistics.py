@@ -42,6 +42,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, n, sd, mean - half, mean + half)
 
 
+def number_form(column: str) -> str:
+    """Choose how many decimals the values of a column are shown with: percent two, `auc`, which lies in [0, 1], four."""
+    return ".4f" if column == "auc" else ".2f"
+
+
 def values_by_seed(rows: Sequence[Mapping[str, Any]], condition: str, column: str) -> dict[int, float]:
     """Collect a column of a condition's rows by seed; rows without a value are left out."""
     return {row["seed"]: row[column] for row in rows if row["condition"] == condition and row.get(column) is not None}
@@ -62,3 +67,11 @@ def difference(rows: Sequence[Mapping[str, Any]], one: str, other: str, column: 
     left, right = values_by_seed(rows, one, column), values_by_seed(rows, other, column)
     shared = sorted(left.keys() & right.keys())
     return estimate([left[seed] - right[seed] for seed in shared]) if shared else None
+
+
+def estimate_text(found: Estimate | None, form: str) -> str:
+    """Format an estimate as `71.20 [69.80, 72.60]`."""
+    if found is None:
+        return ""
+    text = format(found.mean, form)
+    return text if found.low is None or found.high is None else f"{text} [{found.low:{form}}, {found.high:{form}}]"

@@ -21,7 +21,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -31,7 +31,7 @@ from reporting.folder import BEST
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from settings.sources import UniqueKeys, read_command_line, reject_unknown
-from settings.table import BEFORE, LAUNCH, PLACE, SETTINGS, Config, plain, show
+from settings.table import BEFORE, LAUNCH, OWN_SPLITS, PLACE, SETTINGS, Config, plain, show
 from settings.values import nearest
 from stages import Plan, Stage, make_plan, plan_of, plan_stages
 
@@ -45,6 +45,7 @@ ASIDE = ("base", "held_out", "metric", "control")  # of a condition, besides set
 METRICS = (
     "top1", "top1_ema", "best_top1", "balanced_accuracy", "macro_f1", "held_out_top1", "held_out_balanced_accuracy", "auc",
 )  # fmt: skip
+NEEDS = {"top1_ema": "model_ema"} | dict.fromkeys(("held_out_top1", "held_out_balanced_accuracy", "auc"), "held_out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +156,16 @@ def read_study(path: str, folder: str, extra: Sequence[str] = ()) -> Study:
     common = content.get("settings") or {}
     if not isinstance(common, dict):
         raise ConfigError(f"{path}: settings must map names to values, got {common!r}")
+    conditions = {condition: {**common, **settings} for condition, settings in conditions.items()}
     runs: dict[tuple[str, int], Run] = {}
     for seed in seeds:  # seed by seed, so that a study cut short has all conditions
         for condition in in_order(conditions, path):
-            settings = {**common, **conditions[condition]}
+            settings = dict(conditions[condition])
             runs[condition, seed] = make_run(path, folder, content, condition, seed, settings, extra, runs)
+    for run in runs.values():
+        need = NEEDS.get(metrics[run.condition])
+        if need and not (run.held_out if need == "held_out" else run.config.model_ema):
+            raise ConfigError(f"{path}: condition {run.condition}: metric {metrics[run.condition]} needs {need}")
     title = str(content.get("title", name))
     return Study(name, title, control, list(runs.values()), metrics, controls, differing(runs.values()))
 
@@ -236,6 +242,8 @@ def in_order(conditions: Mapping[str, Mapping[str, Any]], path: str) -> list[str
     ordered: list[str] = []
 
     def visit(name: str, chain: tuple[str, ...]) -> None:
+        if chain == (name,):
+            raise ConfigError(f"{path}: condition {name} starts from its own weights; give it others, or none")
         if name in chain:
             raise ConfigError(f"{path}: {' and '.join(chain)} start from each other's weights")
         source = source_of(conditions[name])
@@ -288,6 +296,8 @@ def make_run(
     flags += ["--output-dir", os.path.join(folder, f"{slug(condition)}_seed{seed}")]
     try:
         config = resolve(flags)
+        if held_out is not None:
+            with_held_out(config, held_out)
         check_model(config)
         plan = plan_like(config, others.values())
     except ConfigError as error:
@@ -299,6 +309,20 @@ def make_run(
             )
         flags += ["--weights", os.path.join(source.folder, BEST)]
     return Run(condition, seed, config.output_dir, tuple(flags), config, plan, source, held_out)
+
+
+def with_held_out(config: Config, split: str) -> Config:
+    """Put a split of held-out images in the place of the validation images.
+
+    Raises:
+        ConfigError: the splits of the data set cannot be chosen.
+    """
+    if config.dataset not in OWN_SPLITS:
+        raise ConfigError(
+            f"held_out {split} has no effect with dataset {config.dataset}; set dataset to {' or '.join(OWN_SPLITS)}, or "
+            "leave held_out out"
+        )
+    return replace(config, val_split=split, val_list=None)
 
 
 def plan_like(config: Config, others: Iterable[Run]) -> Plan:

@@ -4,10 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from runs import make_tree, start
 
+from images.hub import HubImages
 from settings.errors import ConfigError
-from studies.held_out import main, scores
+from settings.resolve import resolve
+from studies.held_out import count_shared, load_held_out, main, scores
+from utils import Runtime
 
 
 def test_scores_of_two_classes_by_hand():
@@ -39,6 +43,22 @@ def test_best_weights_are_evaluated_on_the_folder_given_and_not_on_what_chose_th
     assert found["held_out_top1"] == pytest.approx((found["sensitivity"] + found["specificity"]) / 2)  # three of each
     with pytest.raises(ConfigError, match=r"no folder .*nowhere"):
         main([str(tmp_path / "run"), "nowhere"])
+    with pytest.raises(ConfigError, match=r"held_out val: 2 of its 4 images are validation images"):
+        main([str(tmp_path / "run"), "val"])
+
+
+def test_splits_of_the_hub_share_all_images_or_none():
+    val, same, test = (HubImages.__new__(HubImages) for _ in range(3))
+    for images, root in ((val, "/hub/a/b/test"), (same, "/hub/a/b/test"), (test, "/hub/a/b/train")):
+        images.root, images.targets = root, np.zeros(3)
+    assert (count_shared(same, val), count_shared(test, val)) == (3, 0)
+
+
+def test_a_data_set_whose_splits_cannot_be_chosen_has_no_held_out_images():
+    with pytest.raises(
+        ConfigError, match="held_out test has no effect with dataset digits; set dataset to imagefolder or hub"
+    ):
+        load_held_out(resolve(["--dataset", "digits"]), "test", Runtime(device=torch.device("cpu")))
 
 
 def test_without_a_finished_run_it_is_told_so(tmp_path):

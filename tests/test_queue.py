@@ -1,12 +1,14 @@
 """sweep.py --on clearml, against the double of ClearML's server."""
 
 import csv
+import json
+from types import SimpleNamespace
 
 import pytest
 from programs import LARGER, Process, environment, finished, nowhere, run_agent, wait_until
 from test_agents import needs_agent, repository  # noqa: F401, a fixture
 
-from settings.errors import ConfigError
+from settings.errors import ConfigError, RunError
 from studies.study import read_study
 from tracking import queue
 
@@ -80,3 +82,71 @@ def test_what_agents_could_not_do_is_told_before_anything_is_sent(text, said, tm
     (tmp_path / "study.yaml").write_text(f"settings: {{model: efficientnet_v2_tiny}}\n{text}")
     with pytest.raises(ConfigError, match=said):
         queue.Queue("default", read_study(str(tmp_path / "study.yaml"), "r").runs)
+
+
+class Server:
+    """What the queue uses of the SDK; it keeps the tasks' settings."""
+
+    def __init__(self):
+        self.tasks, self.queued, self.Task = {}, [], self
+
+    def create(self, **description):
+        task = SimpleNamespace(id=f"task{len(self.tasks)}", settings={}, get_status=lambda: "queued")
+        task.set_script = lambda **script: None
+        task.add_tags = task.set_configuration_object = lambda *args, **kwargs: None
+        task.update_parameters = task.settings.update
+        self.tasks[task.id] = task
+        return task
+
+    def enqueue(self, task, queue_name):
+        if queue_name != "default":
+            raise TypeError("what is this?")
+        self.queued.append(task.id)
+
+
+@pytest.fixture
+def sent(tmp_path, monkeypatch):
+    """A queue without a server, and the run of a study with a learning rate."""
+    server, sent = Server(), SimpleNamespace()
+    monkeypatch.setattr(queue, "load_sdk", lambda: server)
+    monkeypatch.setattr(queue, "find_task", server.tasks.get)
+    monkeypatch.setattr(queue, "upload_uri", lambda: True)
+    sent.server, sent.queue = server, queue.Queue.__new__(queue.Queue)
+    sent.queue.name, sent.queue.code = "default", ("address", "0" * 40)
+
+    def run(lr):
+        (tmp_path / "study.yaml").write_text(
+            f"settings: {{model: efficientnet_v2_tiny, lr: {lr}}}\nconditions: {{a: {{}}}}"
+        )
+        return read_study(str(tmp_path / "study.yaml"), str(tmp_path / "runs")).runs[0]
+
+    sent.run = run
+    return sent
+
+
+def test_a_task_of_other_settings_is_not_the_run_s(sent):
+    run = sent.run(0.1)
+    sent.queue.start(run)
+    assert sent.queue.find([run])[run].task.id == "task0"
+    other = sent.run(0.2)
+    assert other.folder == run.folder and sent.queue.find([other]) == {}
+    sent.queue.start(other)
+    assert sent.queue.find([other])[other].task.id == "task1" and sent.server.queued == ["task0", "task1"]
+
+
+def test_a_task_goes_on_with_what_an_earlier_one_has_left(sent):
+    """In a folder that outlives tasks; elsewhere there is nothing, and it begins."""
+    sent.queue.start(sent.run(0.1))
+    assert sent.server.tasks["task0"].settings["Hyperparameters/resume"] == "auto"
+
+
+def test_what_the_server_says_no_to_is_one_line_and_is_not_sent_twice(sent, monkeypatch):
+    run = sent.run(0.1)
+    sent.queue.name = "none"
+    with pytest.raises(RunError, match=r"--on clearml: TypeError: what is this\?; the same command goes on"):
+        sent.queue.start(run)
+    with open(f"{run.folder}/{queue.QUEUED}") as file:
+        assert json.load(file)["id"] == "task0"
+    monkeypatch.setattr(queue, "find_task", lambda task_id: 1 / 0)
+    with pytest.raises(RunError, match="ZeroDivisionError"):
+        sent.queue.find([run])

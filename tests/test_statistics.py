@@ -1,7 +1,13 @@
-"""Means, Student's intervals and paired differences, by hand."""
+"""Means, Student's intervals and paired differences, by hand, and how they are shown."""
+
+from types import SimpleNamespace
 
 import pytest
+import study_rows
 
+from Graphs.rows import comparison
+from Graphs.tables import Tables
+from studies.screen import Screen
 from studies.statistics import difference, estimate, mean_of
 
 T2 = 4.302653  # Student's t at 0.975 with 2 degrees of freedom, from a table
@@ -43,3 +49,29 @@ def test_without_rows_there_is_no_estimate():
     assert mean_of(ROWS, "c", "top1") is None
     assert mean_of(ROWS, "a", "top1_ema") is None
     assert difference(ROWS, "a", "c", "top1") is None
+
+
+def test_an_area_under_a_curve_is_shown_with_four_decimals(capsys):
+    study = SimpleNamespace(conditions=["a", "b"], metrics={"a": "auc", "b": "auc"}, controls={"a": "a", "b": "a"})
+    values = {"a": (0.9012, 0.9034), "b": (0.9052, 0.9074)}
+    Screen(study).outcome([{"condition": name, "seed": seed, "auc": value} for name in values for seed, value in enumerate(values[name])])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "auc 0.9023 [" in printed and "+0.0040 [+0.0040, +0.0040] than a" in printed
+
+
+def test_a_table_shows_it_so_too(tmp_path):
+    study_rows.write_transfer(tmp_path)
+    table = Tables(str(tmp_path)).table("study transfer | pneumonia")
+    assert "| 0.9300 [0.9300, 0.9300] | 96.20 [96.20, 96.20] |" in table
+
+
+def test_conditions_are_compared_as_their_study_compares_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("Graphs.rows.ROOT", str(tmp_path))
+    (tmp_path / "configs" / "studies").mkdir(parents=True)
+    (tmp_path / "configs" / "studies" / "mine.yaml").write_text(
+        "conditions:\n  0.1: {lr: 0.1}\n  off: {lr: 0.2, metric: macro_f1, control: 0.5}\n  0.5: {lr: 0.5, metric: top1_ema}\n"
+    )
+    rows = [{"condition": name} for name in ("0.5", "False", "0.1")]
+    assert comparison("mine", rows, "0.5") == ("top1_ema", "0.1")  # the file's first condition, not the rows'
+    assert comparison("mine", rows, "False") == ("macro_f1", "0.5")
+    assert comparison("not_here", rows, "0.1") == ("top1", "0.5")

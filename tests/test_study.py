@@ -27,7 +27,7 @@ def write(tmp_path):
 
 def test_conditions_and_seeds_make_runs_seed_by_seed(write, tmp_path):
     path = write(
-        "title: Sizes\nbase: base.yaml\nsettings: {stages: 2}\nseeds: [3, 1]\nmetric: top1_ema\ncontrol: fixed\n"
+        "title: Sizes\nbase: base.yaml\nsettings: {stages: 2, model_ema: true}\nseeds: [3, 1]\nmetric: top1_ema\ncontrol: fixed\n"
         "conditions:\n  grows: {train_crop_size: [32, 48]}\n  fixed: {train_crop_size: 48, channels_last: true}\n"
     )
     study = read_study(path, "runs/x", ["--workers", "0"])
@@ -38,7 +38,7 @@ def test_conditions_and_seeds_make_runs_seed_by_seed(write, tmp_path):
     first = study.runs[0]
     assert first.folder == first.config.output_dir == "runs/x/grows_seed3"
     assert first.flags == (
-        "--config", str(tmp_path / "base.yaml"), "--stages", "2", "--train-crop-size", "32", "48", "--seed", "3",
+        "--config", str(tmp_path / "base.yaml"), "--stages", "2", "--model-ema", "--train-crop-size", "32", "48", "--seed", "3",
         "--workers", "0", "--output-dir", "runs/x/grows_seed3",
     )  # fmt: skip
     assert "--channels-last" in study.runs[1].flags
@@ -69,9 +69,18 @@ def test_a_condition_may_start_from_the_weights_of_another_with_the_same_seed(wr
     assert study.runs[3].flags[-2:] == ("--weights", "r/first_seed1/model_best.pth")
 
 
+def test_all_conditions_but_one_may_start_from_its_weights(write):
+    text = (
+        "base: base.yaml\nsettings: {weights: {of: a}}\nconditions: {b: {lr: 0.2}, a: {weights: null}, c: {lr: 0.3}}\n"
+    )
+    runs = {run.condition: run for run in read_study(write(text), "r").runs}
+    assert runs["a"].source is None and runs["b"].source is runs["c"].source is runs["a"]
+
+
 def test_a_condition_may_be_judged_by_a_metric_and_a_control_of_its_own(write):
     text = (
-        "base: base.yaml\ncontrol: a\nconditions:\n  a: {}\n  b: {lr: 0.2}\n  c: {lr: 0.3, metric: auc, control: b}\n"
+        "base: base.yaml\ncontrol: a\nconditions:\n  a: {}\n  b: {lr: 0.2}\n"
+        "  c: {lr: 0.3, metric: auc, control: b, held_out: test}\n"
     )
     study = read_study(write(text), "r")
     assert study.metrics == {"a": "top1", "b": "top1", "c": "auc"} and study.controls == {"a": "a", "b": "a", "c": "b"}
@@ -112,6 +121,11 @@ def test_rows_are_known_by_what_shapes_a_run_and_not_by_place_or_seed(write):
         ("conditions: {a: {weights: {of: b}}}", "", r"weights of 'b', which is none of the conditions"),
         ("conditions: {a: {weights: {of: b}}, b: {weights: {of: a}}}", "", r"start from each other's weights"),
         ("conditions: {a: {weights: {of: b}}, b: {model: resnet18}}", "", r"weights of b are of resnet18, the model is eff"),
+        ("conditions: {a: {}, b: {}}\nsettings: {weights: {of: a}}", "", r"condition a starts from its own weights"),
+        ("conditions: {a: {metric: auc}}", "", r"condition a: metric auc needs held_out"),
+        ("conditions: {a: {}}\nmetric: held_out_top1", "", r"condition a: metric held_out_top1 needs held_out"),
+        ("conditions: {a: {}}\nmetric: top1_ema", "", r"condition a: metric top1_ema needs model_ema"),
+        ("conditions: {a: {held_out: test, dataset: imagenette}}", "", r"condition a: held_out test has no effect with dataset imagenette; set dataset to imagefolder or hub"),
         ("conditions: {a b: {}, a_b: {}}", "", r"same folder name"),
         ("conditions: {a: {lr: 0.1}}", "--lr 3", r"--lr after -- is what the study says itself"),
         ("conditions: {a: {}}", "--resume auto", r"--resume after -- is what the sweep says itself"),

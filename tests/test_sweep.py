@@ -241,7 +241,9 @@ def test_the_plan_tells_how_long_the_rest_takes_by_the_rows_there_are(place):
 
 def test_workers_and_threads_are_a_share_of_the_cores_unless_said_otherwise(monkeypatch, tmp_path):
     started = []
-    monkeypatch.setattr(launch, "OwnProcess", lambda run, flags, threads: started.append((flags[-2:], threads)))
+    monkeypatch.setattr(
+        launch, "OwnProcess", lambda run, flags, machine: started.append((flags[-2:], machine["threads"]))
+    )
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "study.yaml").write_text("conditions: {a: {model: efficientnet_v2_tiny}}")
@@ -254,7 +256,8 @@ def test_workers_and_threads_are_a_share_of_the_cores_unless_said_otherwise(monk
     assert start(1) == (["--output-dir", "r/a_seed0"], 8)
     assert start(4, "--workers", "5") == (["--output-dir", "r/a_seed0"], 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert start(4)[1] == 3 and launch.Local(4).machine() == {"threads": 3, "at_once": 4}
+    (run,) = read_study(str(tmp_path / "study.yaml"), "r").runs
+    assert start(4)[1] == 3 and launch.Local(4).machine(run) == {"threads": 3, "at_once": 4}
 
 
 def test_the_plan_names_runs_and_cost_and_starts_nothing(place):

@@ -5,18 +5,21 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from reporting.folder import METRICS, SUMMARY, RunFolder
-from settings.errors import ConfigError
+from settings.errors import ConfigError, RunError
 from studies.launch import STOPPED, Attempt
 from studies.study import Run
+from tracking.deadline import brief
 from tracking.run import requirements, upload_uri
 from tracking.server import ROOT, find_task, load_sdk, why_no_server
 from tracking.settings import project_name, send_settings
 
-QUEUED = "queued.json"  # in a run's folder: the task it is
+QUEUED = "queued.json"  # in a run's folder: the task it is, and the digest of its settings
 ASK_SECONDS = 15.0  # between two questions about a task
 ENDED_BADLY = {"failed": "failed on its agent", "stopped": "was aborted", "closed": "was closed without an outcome"}
 
@@ -26,6 +29,7 @@ class Queue:
 
     Raises:
         ConfigError: no server answers, it has no such queue, or agents could not fetch this code.
+        RunError: the server answers with an error.
     """
 
     def __init__(self, name: str, runs: list[Run]):
@@ -41,7 +45,8 @@ class Queue:
             raise ConfigError(f"--on clearml: {reason}; set it up with clearml-init")
         from clearml.backend_api.session.client import APIClient
 
-        queues = {queue.name for queue in APIClient().queues.get_all()}
+        with told_in_a_line():
+            queues = {queue.name for queue in APIClient().queues.get_all()}
         if name not in queues:
             raise ConfigError(
                 f"--queue {name}: the server has none of this name; it has {', '.join(sorted(queues)) or 'none'}"
@@ -49,23 +54,35 @@ class Queue:
         self.code = pushed_code()
 
     def find(self, runs: Sequence[Run]) -> dict[Run, Attempt]:
-        """Find those of `runs` that an earlier sweep has sent, and that have not ended badly since."""
+        """Find those of `runs` that an earlier sweep has sent with their settings, and that have not ended badly since.
+
+        Raises:
+            RunError: the server cannot be asked; what it was sent would be sent twice.
+        """
         found: dict[Run, Attempt] = {}
         for run in runs:
-            sent = RunFolder(run.folder).read_json(QUEUED)
-            task = sent and find_task(sent["id"])
-            if task is not None and task.get_status() not in ENDED_BADLY:
-                if task.get_status() == "created":  # that sweep was killed before it could queue it
-                    load_sdk().Task.enqueue(task, queue_name=self.name)
-                found[run] = QueuedRun(run, task)
+            sent = RunFolder(run.folder).read_json(QUEUED) or {}
+            if sent.get("settings") != run.settings_digest:
+                continue
+            with told_in_a_line():
+                task = find_task(sent["id"])
+                if task is not None and task.get_status() not in ENDED_BADLY:
+                    if task.get_status() == "created":  # that sweep was killed before it could queue it
+                        load_sdk().Task.enqueue(task, queue_name=self.name)
+                    found[run] = QueuedRun(run, task)
         return found
 
     def start(self, run: Run) -> Attempt:
-        """Make the task of a run, and queue it."""
-        task = self.make(run)
-        os.makedirs(run.folder, exist_ok=True)
-        RunFolder(run.folder).write(QUEUED, json.dumps({"id": task.id}))
-        load_sdk().Task.enqueue(task, queue_name=self.name)
+        """Make the task of a run, and queue it.
+
+        Raises:
+            RunError: the server does not take it.
+        """
+        with told_in_a_line():
+            task = self.make(run)
+            sent = {"id": task.id, "settings": run.settings_digest}
+            RunFolder(run.folder).write(QUEUED, json.dumps(sent))
+            load_sdk().Task.enqueue(task, queue_name=self.name)
         return QueuedRun(run, task)
 
     def make(self, run: Run) -> Any:
@@ -85,11 +102,23 @@ class Queue:
         )
         task.output_uri = upload_uri()  # an agent leaves it as it is
         task.add_tags([study, run.condition])
-        send_settings(task, run.config)
+        # What an earlier task has left in a folder that outlives it is continued, if it has these settings
+        send_settings(task, replace(run.config, resume="auto"))
         return task
 
-    def machine(self) -> dict[str, Any]:
+    def machine(self, run: Run) -> dict[str, Any]:
         return {}
+
+
+@contextmanager
+def told_in_a_line() -> Iterator[None]:
+    """Have an error of the SDK, the network or the server, which may be of any type, become a RunError."""
+    try:
+        yield
+    except (ConfigError, RunError):
+        raise
+    except Exception as error:
+        raise RunError(f"--on clearml: {brief(error)}; the same command goes on") from error
 
 
 class QueuedRun:
