@@ -2,6 +2,9 @@
 
 import os
 import signal
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 from clearml_server import ClearMLServer
@@ -22,9 +25,33 @@ from runs import assert_same_bits, checkpoint, metrics
 
 from reporting.folder import RunFolder
 from settings.table import Config
+from tracking.server import load_sdk
 from tracking.session import Session
 from tracking.settings import project_name, task_name
 from train import run
+
+
+def test_two_threads_read_the_sdk_s_configuration_once(monkeypatch):
+    """Its parser switches what counts as white space for all threads, and would refuse a file half-way."""
+    load_sdk()
+    from clearml import config
+
+    readings = []
+
+    def read(place):
+        readings.append(place)
+        time.sleep(0.05)
+        return SimpleNamespace(initialize_logging=lambda: None, get=lambda *args: None)
+
+    monkeypatch.setattr(config.ConfigWrapper, "_config", None)
+    monkeypatch.setattr(config, "load_config", read)
+    threads = [threading.Thread(target=load_sdk) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(readings) == 1
+
 
 # ---- it does no harm ----
 

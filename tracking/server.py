@@ -17,11 +17,20 @@ def on_agent() -> bool:
     return bool(os.environ.get("CLEARML_TASK_ID"))
 
 
-def load_sdk() -> Any:
-    """Import and return the module `clearml`, with the settings that make it close at once."""
-    os.environ.setdefault("CLEARML_CONFIG_PATH", os.path.join(ROOT, "configs", "clearml"))
-    import clearml
+LOADING = threading.Lock()
 
+
+def load_sdk() -> Any:
+    """Import and return the module `clearml`, with the settings that make it close at once.
+
+    It reads its configuration when that is first asked for, with a parser that two threads confuse.
+    """
+    os.environ.setdefault("CLEARML_CONFIG_PATH", os.path.join(ROOT, "configs", "clearml"))
+    with LOADING:
+        import clearml
+        from clearml.config import config_obj
+
+        config_obj.get("api", None)
     return clearml
 
 
