@@ -37,16 +37,24 @@ def ignore_signals(worker: int) -> None:
 def signals_held() -> Iterator[None]:
     """Have SIGINT and SIGTERM wait until the end of the block, in which processes are started.
 
-    What a handler raises in the midst of a fork is lost, and a worker would die of a signal before it ignores it.
+    What a handler raises in the midst of a fork is lost, and a worker would die of a signal before it ignores it. What it
+    raises before the loader is whole leaves workers that no one ends. Blocking alone does not do: another thread receives
+    the signal then, and Python has this one handle it.
     """
-    if not hasattr(signal, "pthread_sigmask"):
+    numbers, held = (signal.SIGINT, signal.SIGTERM), list[int]()
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    handlers = {number: signal.signal(number, lambda number, _: held.append(number)) for number in numbers}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        for received in held:
+            signal.raise_signal(received)
 
 
 PATIENCE = 300.0  # seconds without a batch, after which workers count as hanging

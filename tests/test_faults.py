@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader
 import images.workers
 import reporting.log
 import train
+from images.workers import signals_held
 from learning.checkpoint import write_safely
 from learning.learner import Learner
 from learning.state import RunState
@@ -213,6 +216,20 @@ def test_a_report_that_cannot_be_drawn_costs_no_epoch(tree, whole, tmp_path, mon
 
 
 # ---- workers ----
+
+
+def test_a_signal_waits_until_workers_are_started_also_if_another_thread_receives_it():
+    over, reached = threading.Event(), []
+    threading.Thread(target=over.wait, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(100):
+                time.sleep(0.001)
+            reached.append(True)
+    finally:
+        over.set()
+    assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def send_to_workers(number):
