@@ -113,9 +113,8 @@ def newest(rows: list[dict[str, Any]], ways: tuple[str, ...]) -> list[dict[str, 
     kept: dict[str, dict[str, Any]] = {}
     for row in rows:
         if not ways or row["way"] in ways:
-            settings = {
-                name: value for name, value in row["settings"].items() if name != "runs"
-            }  # which were asked for
+            settings = dict(row["settings"])
+            settings.pop("runs", None)  # which of several were asked for
             key = json.dumps(
                 [settings, row["machine"], row["way"], row.get("image_size"), row.get("batch_size")], sort_keys=True
             )

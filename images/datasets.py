@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -200,11 +200,14 @@ def download(config: Config) -> None:
     name, _, size = config.dataset.partition("-")
     if os.path.isdir(tree):
         return
+    lock = FileLock(f"{tree}.lock")
     try:
         os.makedirs(config.data_path, exist_ok=True)
-        with FileLock(f"{tree}.lock"), tempfile.TemporaryDirectory(dir=config.data_path, prefix=".download-") as aside:
-            if os.path.isdir(tree):  # by another run meanwhile
-                return
+        with suppress(NotImplementedError):  # a disk that knows no locks
+            lock.acquire()
+        if os.path.isdir(tree):  # by another run meanwhile
+            return
+        with tempfile.TemporaryDirectory(dir=config.data_path, prefix=".download-") as aside:
             if name == "imagenette":
                 Imagenette(aside, split="train", size=size or "full", download=True)
             else:  # torchvision has no Imagewoof; it lies beside Imagenette
@@ -214,6 +217,8 @@ def download(config: Config) -> None:
     except (OSError, RuntimeError) as error:
         reason = first_line(error)
         raise ConfigError(f"download: {config.dataset} cannot be fetched into {config.data_path}: {reason}") from error
+    finally:
+        lock.release()
 
 
 def no_folder(root: str) -> ConfigError:

@@ -282,8 +282,9 @@ class Measuring:
         checkpoint = self.learner.checkpoint(RunState(), self.config, self.data)
         copied = written = time.perf_counter()
         if self.runtime.is_main:
-            path = os.path.join(self.config.output_dir, "checkpoint.pth")
-            write_beside(path, checkpoint.to_dict())  # of a run killed here the next one writes over it
+            # Not by the name of a checkpoint, which a run killed here would be resumed from; the next one writes over it.
+            path = os.path.join(self.config.output_dir, "fit_time")
+            write_beside(path, checkpoint.to_dict())
             written = time.perf_counter()
             os.remove(path + UNFINISHED)
         return copied - started, written - copied

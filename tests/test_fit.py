@@ -157,6 +157,22 @@ def test_a_fitted_run_is_the_run_of_its_config(images, tmp_path, of_three, capsy
     assert "fit_time" not in json.loads((again / "summary.json").read_text())
 
 
+def test_a_run_killed_while_it_measures_leaves_nothing_to_go_on_from(images, tmp_path, of_three, monkeypatch):
+    def killed(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    write, out = fit.write_beside, tmp_path / "run"
+    flags = [*STAGES, "--fit-time", "10m", "--resume", "auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "write_beside", killed)
+        assert start(images, out, *flags) == 1
+    assert len(list(out.glob("*.tmp"))) == 1
+    assert start(images, out, *flags) == 0
+    assert [record["epoch"] for record in metrics(out)] == [0, 1, 2] and not list(out.glob("*.tmp"))
+    assert json.loads((out / "summary.json").read_text())["fit_time"]["asked"] == 600
+
+
 def test_a_resumed_run_keeps_to_what_was_chosen(images, tmp_path, of_three, clock, monkeypatch):
     flags = [*STAGES, "--fit-time", "10m", "--resume", "auto"]
     with monkeypatch.context() as patch:
