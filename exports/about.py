@@ -51,14 +51,4 @@ def describe_file(trained: Trained, how: Mapping[str, Any], data_license: str, i
 
 def top1_of_run(trained: Trained) -> str:
     """Say what the run itself has measured of these weights, at its test size."""
-    folder, best = trained.folder, trained.weights.startswith("best")
-    summary, records = folder.summary(), [record for record in folder.metrics() if record.get("top1") is not None]
-    averaged = "EMA" in trained.weights
-    value: float | None = None
-    if summary is not None:
-        value = summary["best_top1"] if best else summary["top1_ema" if averaged else "top1"]
-    elif records and best:
-        value = max(max(record["top1"], record.get("top1_ema") or 0.0) for record in records)
-    elif records:
-        value = records[-1]["top1_ema" if averaged else "top1"]
-    return "unknown" if value is None else f"{value:.3f} % at {trained.config.val_crop_size} px"
+    return "unknown" if trained.top1 is None else f"{trained.top1:.3f} % at {trained.config.val_crop_size} px"

@@ -38,7 +38,8 @@ def render_card(
     )
     environment.filters["text"] = as_text
     folder, summary = trained.folder, trained.folder.summary()
-    calibrated = calibration(summary) if summary else ""
+    assessed = summary if trained.weights.startswith("best") else None  # the run assesses no others
+    calibrated = calibration(assessed) if assessed else ""
     return environment.get_template("card.md.j2").render(
         front=yaml.safe_dump(front_matter(trained, about, compared), sort_keys=False, allow_unicode=True),
         options=options,
@@ -52,8 +53,8 @@ def render_card(
         description=json.dumps({name: value for name, value in how.items() if name != "classes"}, indent=2),
         stages=stage_table(folder.plan(), folder.metrics()),
         accuracy=accuracy_table(summary) if summary else None,
-        by_class=class_table(summary) if summary else None,
-        said=[verdict(summary) if summary else "", f"Calibration: {calibrated}" if calibrated else ""],
+        by_class=class_table(assessed) if assessed else None,
+        said=[verdict(assessed) if assessed else "", f"Calibration: {calibrated}" if calibrated else ""],
     )
 
 
@@ -83,6 +84,8 @@ def figures_of(trained: Trained) -> dict[str, str]:
         for heading, drawings in drawn.items()
         for i, svg in enumerate(drawings)
     }
+    if not trained.weights.startswith("best"):
+        return named  # the others are of the best weights
     summary, found = folder.summary(), confusions(folder)
     if summary:
         named |= {f"{FIGURES}/curve_{i}.svg": svg for i, svg in enumerate(curves(summary, folder.assessment()))}

@@ -1,5 +1,6 @@
 """The gate: an exported file is run over all validation images, beside the model that it was made of."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,11 @@ from inference.trained import Trained
 from settings.errors import RunError
 
 TOLERANCE = 1e-3  # of a logit
-BATCH = 32  # images; the first batch is one image, so that both numbers have been tried
+BATCH, WHOLE = (
+    32,
+    4,
+)  # images, and where they are whole, of a camera, say, which a resize inside makes four times as large
+NUMBERS = 2**24  # of images that a file is given at once
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,11 @@ def collate(batch: Sequence[tuple[Tensor, NDArray, int]]) -> tuple[Tensor, list[
     return torch.stack(tensors), list(arrays), list(targets)
 
 
-def batches_of(count: int) -> Iterator[list[int]]:
-    """Yield the numbers of the images of each batch: one, then BATCH each."""
+def batches_of(count: int, size: int) -> Iterator[list[int]]:
+    """Yield the numbers of the images of each batch: one, then `size` each, so that both numbers have been tried."""
     yield [0]
-    for start in range(1, count, BATCH):
-        yield list(range(start, min(start + BATCH, count)))
+    for start in range(1, count, size):
+        yield list(range(start, min(start + size, count)))
 
 
 @torch.inference_mode()
@@ -92,9 +97,8 @@ def compare(
     same = right = right_of_run = 0
     largest = 0.0
     pairs = Pairs(images, trained.transform, how)
-    loader = make_loader(
-        pairs, trained.runtime, workers, batch_sampler=list(batches_of(len(images))), collate_fn=collate
-    )
+    batches = list(batches_of(len(images), WHOLE if "resize" in how["inside"] else BATCH))
+    loader = make_loader(pairs, trained.runtime, workers, batch_sampler=batches, collate_fn=collate)
     bar = tqdm(total=len(images), desc=f"checking {name}", unit="image", leave=False, disable=None)
     seen = 0
     with closing_loader(loader), bar:
@@ -121,13 +125,16 @@ def compare(
 
 
 def ask(artifact: Artifact, arrays: Sequence[NDArray]) -> NDArray:
-    """Run a file on images, those of one size together; return logits (N, K) in the images' order."""
+    """Run a file on images, those of one size together as far as memory allows; return logits (N, K) in their order."""
     places: dict[tuple[int, ...], list[int]] = {}
     for place, array in enumerate(arrays):
         places.setdefault(array.shape, []).append(place)
     logits: dict[int, NDArray] = {}
-    for those in places.values():
-        logits.update(zip(those, artifact(np.stack([arrays[place] for place in those]))))
+    for shape, those in places.items():
+        at_once = max(1, NUMBERS // math.prod(shape))
+        for start in range(0, len(those), at_once):
+            some = those[start : start + at_once]
+            logits.update(zip(some, artifact(np.stack([arrays[place] for place in some]))))
     return np.stack([logits[place] for place in range(len(arrays))])
 
 

@@ -12,10 +12,12 @@ from exports.about import describe_file
 from exports.card import figures_of, render_card
 from exports.gate import Comparison, compare
 from exports.hub import check_login, config_of, upload
-from exports.options import CARD, CONFIG, PREPROCESSING, QUANTIZED, Options, nearest_there
+from exports.options import CARD, CONFIG, PREPROCESSING, QUANTIZED, Options
 from exports.preprocessing import describe
 from exports.quantize import Calibration, quantize
 from images.datasets import Data, load_data
+from inference.options import nearest_there
+from inference.predictions import check_size
 from inference.trained import Trained, open_run
 from learning.checkpoint import sync_folder
 from learning.stop import interruptible
@@ -32,6 +34,7 @@ def export(options: Options) -> None:
     with interruptible():
         trained = open_run(options.run, weights=options.weights, image_size=options.image_size, device="cpu")
         say(str(trained))
+        check_size(trained)
         how = describe(trained, options.preprocessing)
         if options.upload:
             check_login()

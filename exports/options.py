@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from inference.options import nearest_there
 from settings.errors import ConfigError
 from settings.resolve import RUN_SETTINGS
 from settings.sources import Parser
@@ -22,6 +23,7 @@ PACKAGES = {
 QUANTIZED, PREPROCESSING, CARD, CONFIG, FIGURES = (
     "model_int8.onnx", "preprocessing.json", "README.md", "config.json", "figures",
 )  # fmt: skip
+OWN_FIGURE = r"(progress|what_grows|speed|curve|confusions)(_\d+)?\.svg"  # others there are not of an export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,11 @@ class Options:
         names |= {QUANTIZED} if self.to == "onnx" else {CONFIG} if self.to == "hub" else set()
         found = [os.path.join(self.output, name) for name in sorted(names)]
         if self.to == "hub":
-            found += sorted(glob.glob(os.path.join(glob.escape(self.output), FIGURES, "*.svg")))
+            found += sorted(
+                path
+                for path in glob.glob(os.path.join(glob.escape(self.output), FIGURES, "*.svg"))
+                if re.fullmatch(OWN_FIGURE, os.path.basename(path))
+            )
         return [path for path in found if os.path.lexists(path)]
 
 
@@ -111,7 +117,7 @@ def check_flags(given: dict) -> None:
 
     def idle(flag: str, why: str) -> None:
         name = flag.removeprefix("--").replace("-", "_")
-        if given[name] not in (None, False, "beside"):
+        if given[name] is not None and given[name] is not False and given[name] != "beside":  # 0 is given, too
             raise ConfigError(f"{flag} {why}; leave it out")
 
     if given["to"] in ("safetensors", "hub"):
@@ -154,11 +160,3 @@ def check_places(options: Options) -> None:
     outdated = options.outdated()
     if outdated and not options.overwrite:
         raise ConfigError(f"{outdated[0]} is there already; --overwrite replaces it, another --output leaves it alone")
-
-
-def nearest_there(path: str) -> str:
-    """Find the nearest that is there of a path and the folders above it."""
-    place = os.path.abspath(path)
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
-    return place

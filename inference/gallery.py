@@ -57,7 +57,7 @@ class Gallery:
         else:
             heapq.heappushpop(self.heap, entry)
 
-    def write(self, path: str) -> None:
+    def write(self, path: str, overwrite: bool = False) -> None:
         """Write the page, a picture at a time.
 
         Raises:
@@ -83,7 +83,7 @@ class Gallery:
             num_bad=self.num_bad,
             bad=[(printable(prediction.path), prediction.fault) for prediction in self.bad],
         )
-        with opened(path) as output:
+        with opened(path, overwrite) as output:
             for piece in pieces:
                 output.write(piece)
 

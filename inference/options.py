@@ -100,15 +100,20 @@ def check_effects(options: argparse.Namespace) -> None:
 
 def check_places(options: argparse.Namespace) -> None:
     """Raise ConfigError for a place where nothing can be written, or where something is that must not be overwritten."""
+    for name in ("output", "gallery", "sort"):
+        if getattr(options, name) == "":  # of a variable that is not set
+            raise ConfigError(f"--{name} was given an empty name; give a path, or leave it out")
     for name in ("output", "gallery"):
         path = getattr(options, name)
         if path is None:
             continue
-        fault = None
+        fault, folder = None, os.path.dirname(path) or "."
         if os.path.exists(path) and not os.path.isfile(path):  # a device would be replaced by a file
             fault = "is no file"
-        elif not os.path.isdir(os.path.dirname(path) or "."):
+        elif not os.path.isdir(folder):
             fault = "is in no folder that is there"
+        elif not os.access(folder, os.W_OK):
+            fault = "is in a folder that cannot be written to"
         if fault is not None:
             raise ConfigError(f"--{name} {path} {fault}; give the path of a file to write")
         if os.path.exists(path) and not options.overwrite:
@@ -119,9 +124,20 @@ def check_places(options: argparse.Namespace) -> None:
         return
     if os.path.exists(options.sort) and not (os.path.isdir(options.sort) and not os.listdir(options.sort)):
         raise ConfigError(f"--sort {options.sort} is there already; give a folder that is new or empty")
+    above = nearest_there(options.sort)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK):
+        raise ConfigError(f"--sort {options.sort}: {above} is no folder that can be written to; give another")
     place = Path(os.path.realpath(options.sort))
     for path in options.images:  # it would be read while it is filled, without end
         if os.path.isdir(path) and place.is_relative_to(os.path.realpath(path)):
             raise ConfigError(
                 f"--sort {options.sort} lies in {path}, whose images are read; give a folder outside of it"
             )
+
+
+def nearest_there(path: str) -> str:
+    """Find the nearest that is there of a path and the folders above it."""
+    place = os.path.abspath(path)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    return place

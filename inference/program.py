@@ -45,7 +45,7 @@ def carry_out(options: argparse.Namespace) -> int:
     workers = 0 if are_few(options.images) else options.workers
     predicting = predict(trained, names, top=top, batch_size=options.batch_size, workers=workers)
     rows, tally = FORMATS[options.format](trained.classes, top), Tally()
-    with opened(options.output) as output, progress(options.output) as bar:
+    with opened(options.output, options.overwrite) as output, progress(options.output) as bar:
         for predictions in predicting:
             for prediction in predictions:
                 output.write(("" if tally.count else rows.head()) + rows.row(prediction))
@@ -59,7 +59,7 @@ def carry_out(options: argparse.Namespace) -> int:
         if not tally.count:
             raise ConfigError("no names came on standard input; give one image a line")
     if gallery is not None:
-        gallery.write(options.gallery)
+        gallery.write(options.gallery, options.overwrite)
     return tally.conclude()
 
 

@@ -3,13 +3,15 @@
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
+from uuid import uuid4
 
 from inference.predictions import Prediction
-from learning.checkpoint import appearing
+from learning.checkpoint import naming_fault, sync_folder
 from settings.errors import RunError
 
 
@@ -91,15 +93,35 @@ class Output:
 
 
 @contextmanager
-def opened(path: str | None) -> Iterator[Output]:
+def opened(path: str | None, overwrite: bool = False) -> Iterator[Output]:
     """Open standard output; or a file, which appears when the block has ended, and never if an error ends it.
 
+    What is written lies beside it until then, by a name of its own: another run may be writing the same file.
+
+    overwrite: replace a file that has come meanwhile; else it stays, and what was written stays beside it
+
     Raises:
-        RunError: the file cannot be written.
+        RunError: the file cannot be written, or has come meanwhile.
     """
     if path is None:
         with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as stdout:
             yield Output(stdout, "standard output")
         return
-    with appearing(path, "wb") as file:
-        yield Output(file, path)
+    beside = f"{path}.{uuid4().hex[:8]}.tmp"
+    try:
+        with naming_fault(path):
+            file = open(beside, "xb")  # noqa: SIM115, closed below
+        with file:
+            yield Output(file, path)
+            with naming_fault(path):
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.remove(beside)
+        raise
+    if not overwrite and os.path.lexists(path):
+        raise RunError(f"{path} has come meanwhile, and stays; what was written lies in {beside}")
+    with naming_fault(path):
+        os.replace(beside, path)
+        sync_folder(os.path.dirname(path))

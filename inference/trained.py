@@ -32,6 +32,7 @@ class Trained:
     classes: names, in the order of the model's outputs
     image_size: side of the images that it takes, pixels; the run's test size unless asked otherwise
     weights: which they are, for people: `best weights of epoch 7`
+    top1: percent, as the run has measured it of these weights, at its test size; None: it has not
     finished: the run was; else `weights` are those so far
     temperature: what logits are divided by before softmax, for probabilities that mean what they say; 1 of last weights
     """
@@ -43,6 +44,7 @@ class Trained:
     runtime: Runtime
     image_size: int
     weights: str
+    top1: float | None
     finished: bool
     temperature: float
 
@@ -81,18 +83,17 @@ def open_run(
     if not folder.has(RUN_SETTINGS):
         raise ConfigError(f"{path} holds no run: it has no {RUN_SETTINGS}; give the output_dir of a training")
     try:
-        values = folder.settings()
-        classes = folder.classes()
+        values, classes, summary = dict(folder.settings()), folder.classes(), folder.summary()
     except Exception as error:  # hand-made, or cut off: what is wrong with it varies
-        raise ConfigError(f"{path}: its settings or classes cannot be read ({first_line(error)})") from error
+        raise ConfigError(f"{path}: its settings, classes or summary cannot be read ({first_line(error)})") from error
     config = resolve([], {name: values[name] for name in values if name not in NOT_OF_THE_MODEL} | {"device": device})
     check_name(config.model)
     if amp:
-        config = replace(config, amp=True, amp_dtype=values.get("amp_dtype", "auto"))
-    summary = folder.summary()
+        # auto is bfloat16 but on a GPU that is too old for it
+        config = replace(config, amp=True, amp_dtype="float16" if values.get("amp_dtype") == "float16" else "auto")
     fit = (summary or {}).get("calibration") or {}  # none in older runs, and where outputs were not kept
     runtime = start_runtime(config)
-    state, which = weights_of(folder, config, weights)
+    state, which, top1 = weights_of(folder, config, weights)
     model, _ = build_model_of(config, len(classes), state, runtime)
     for name, value in model.state_dict().items():
         if state[name].shape != value.shape:  # which training takes for a head to be made anew
@@ -107,14 +108,17 @@ def open_run(
         runtime=runtime,
         image_size=image_size or config.val_crop_size,
         weights=which,
+        top1=top1,
         finished=summary is not None,
         # Fitted for the best weights; the last ones may be surer of themselves, or less
         temperature=float(fit.get("temperature", 1.0)) if which.startswith("best") else 1.0,
     )
 
 
-def weights_of(folder: RunFolder, config: Config, which: str) -> tuple[dict[str, Tensor], str]:
-    """Read the weights of a run; return them, and say which they are.
+def weights_of(folder: RunFolder, config: Config, which: str) -> tuple[dict[str, Tensor], str, float | None]:
+    """Read the weights of a run.
+
+    Returns: them, which they are, and their top-1 as far as it was measured, percent
 
     Raises:
         ConfigError: there are none, or they are damaged.
@@ -122,13 +126,16 @@ def weights_of(folder: RunFolder, config: Config, which: str) -> tuple[dict[str,
     if which == "best" and folder.has(BEST):
         confusion = folder.confusion("best")
         epoch = "" if confusion is None else f" of epoch {confusion[0] + 1}"
-        return read_weights(config.model, folder.at(BEST)), f"best weights{epoch}"
+        top1 = None if confusion is None else float(100 * confusion[1].trace() / confusion[1].sum())
+        return read_weights(config.model, folder.at(BEST)), f"best weights{epoch}", top1
     if not folder.has(CHECKPOINT):
         there = f"it has {BEST} alone" if folder.has(BEST) else "nothing was saved yet"
         raise ConfigError(f"{os.path.join(folder.path, CHECKPOINT)} is not there: {there}")
     checkpoint = Checkpoint.load(folder.checkpoint)
-    average = checkpoint.model_ema
-    return (
-        average or checkpoint.model,
-        f"last weights{' (EMA)' if average else ''}, after epoch {checkpoint.state.epoch}",
-    )
+    average, state = checkpoint.model_ema, checkpoint.state
+    told = f"last weights{' (EMA)' if average else ''}, after "
+    if state.step:  # it was stopped, or crashed, inside an epoch, and has not evaluated these
+        return average or checkpoint.model, told + f"{state.step} steps of epoch {state.epoch + 1}", None
+    records = {record["epoch"]: record for record in folder.metrics()}
+    top1 = records.get(state.epoch - 1, {}).get("top1_ema" if average else "top1")
+    return average or checkpoint.model, told + f"epoch {state.epoch}", top1

@@ -25,7 +25,7 @@ import exports.make
 import exports.options
 from export import main
 from exports.formats import arguments_of, trace
-from exports.gate import Comparison, compare
+from exports.gate import Comparison, ask, compare
 from exports.options import read_options
 from exports.preprocessing import ResizedCrop, describe, prepare
 from images.datasets import load_data
@@ -287,6 +287,19 @@ def test_the_first_image_that_differs_is_named(run, data, change, first):
         compare(answering(trained, change), trained, how, data.val)
 
 
+def test_large_images_are_given_to_the_file_a_few_at_a_time():
+    shapes = []
+
+    def artifact(images):
+        shapes.append(images.shape)
+        return images[:, 0, 0, :2].astype(float)
+
+    large, small = np.zeros((2000, 3000, 3), np.uint8), np.ones((30, 40, 3), np.uint8)
+    answers = ask(artifact, [large, small, large, small, large])  # 18 million numbers each: one at a time
+    assert shapes == [(1, 2000, 3000, 3)] * 3 + [(2, 30, 40, 3)]
+    assert answers[:, 0].tolist() == [0, 1, 0, 1, 0]
+
+
 def test_what_is_counted_of_a_file_that_may_differ(run, data):
     trained = open_run(str(run), device="cpu")
     for change, same, difference in [(lambda *_: None, 10, 0.0), (shift, 10, 0.002), (swap, 9, None)]:
@@ -384,6 +397,7 @@ def test_a_folder_is_uploaded_by_those_who_are_logged_in(run, tmp_path, monkeypa
         ("RUN --to onnx --quantize static --max-drop nan", "--max-drop must be in [0, 100], got nan"),
         ("RUN --to onnx --output RUN/config.yaml/out", "is no folder that can be written to"),
         ("RUN --to onnx --data-path nowhere", "no folder nowhere/train"),
+        ("RUN --to onnx --max-drop 0", "--max-drop has no effect without --quantize"),
     ],
 )
 def test_bad_input_is_one_line(run, capsys, flags, message):
@@ -401,6 +415,17 @@ def test_bad_input_is_told_without_torch():
     command = [sys.executable, "-c", code, "nowhere", "--to", "onnx"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: nowhere holds no run"), done.stderr
+
+
+def test_a_size_that_the_model_cannot_take_is_told_before_data_are_listed(run, monkeypatch, capsys):
+    def odd(trained, images, count):
+        raise AssertionError("Wrong image height! Expected 32 but got 64!")
+
+    monkeypatch.setattr("inference.predictions.infer", odd)
+    assert main([str(run), "--to", "safetensors", "--image-size", "64", "--no-gate"]) == 2
+    told = capsys.readouterr()
+    assert "images of 2 classes" not in told.out and told.err.startswith("error: --image-size 64: ")
+    assert not (run / "exports").exists()
 
 
 def test_a_package_that_is_not_there_is_named(run, monkeypatch, capsys):
@@ -427,6 +452,29 @@ def test_what_is_there_is_replaced_only_when_asked(run, tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
     assert main([*flags, "--overwrite"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "preprocessing.json", "model.safetensors", "notes.txt"}  # fmt: skip
+
+
+def test_pictures_of_others_stay_in_a_folder_for_the_hub(run, tmp_path):
+    (tmp_path / "figures").mkdir()
+    for name in ("architecture.svg", "curve_of_growth.svg", "curve_7.svg"):
+        (tmp_path / "figures" / name).write_text("<svg/>")
+    assert (
+        main([str(run), "--to", "hub", "--output", str(tmp_path), "--overwrite", "--no-gate", "--weights", "last"]) == 0
+    )
+    there = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"architecture.svg", "curve_of_growth.svg", "progress.svg"} <= there
+    assert "curve_7.svg" not in there  # an earlier export's
+
+
+def test_what_the_run_says_of_its_best_weights_is_not_said_of_the_last(run, tmp_path):
+    for weights in ("best", "last"):
+        assert (
+            main([str(run), "--to", "hub", "--output", str(tmp_path / weights), "--no-gate", "--weights", weights]) == 0
+        )
+    of_best, of_last = (((tmp_path / weights) / "README.md").read_text() for weights in ("best", "last"))
+    for what in ("recall", "Calibration: ", "figures/confusions.svg", "figures/curve_0.svg"):
+        assert what in of_best and what not in of_last, what
+    assert "figures/progress.svg" in of_last
 
 
 def test_an_exporter_that_fails_is_one_line(run, tmp_path, monkeypatch, capsys):

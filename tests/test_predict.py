@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,12 +33,13 @@ from inference.gradcam import GradCam, last_feature_map
 from inference.inputs import below, names_of, names_on
 from inference.options import read_options
 from inference.predictions import check_size, predict
+from inference.rows import opened
 from inference.sorting import folder_names
 from inference.trained import open_run
 from learning.models import build_model
 from predict import run
 from reporting.folder import RunFolder
-from settings.errors import ConfigError
+from settings.errors import ConfigError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +318,31 @@ def test_a_file_of_rows_is_whole_or_not_there(two, tmp_path, capfd, monkeypatch)
     assert sorted(os.listdir(tmp_path)) == ["images", "rows.csv"]
 
 
+def test_two_that_write_the_same_file_leave_each_whole(tmp_path):
+    path = tmp_path / "rows.csv"
+    (tmp_path / "rows.csv.tmp").write_text("someone's own")
+    message = r"rows\.csv has come meanwhile, and stays; what was written lies in "
+    with pytest.raises(RunError, match=message) as refused, opened(str(path)) as first:
+        first.write("first\n")
+        with opened(str(path)) as second:
+            second.write("second\n" * 9)
+        first.write("to its end\n")
+    assert path.read_text() == "second\n" * 9
+    assert Path(str(refused.value).rsplit(" ", 1)[1]).read_text() == "first\nto its end\n"
+    with opened(str(path), overwrite=True) as third:
+        third.write("third\n")
+    assert path.read_text() == "third\n" and (tmp_path / "rows.csv.tmp").read_text() == "someone's own"
+
+
+def test_places_that_cannot_be_written_to_are_told_at_the_start(two, tmp_path, capfd, monkeypatch):
+    images = make_images(tmp_path / "images", ["a.png"])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    for flag in ("--output", "--gallery", "--sort"):
+        assert run([str(two), str(images), flag, str(tmp_path / "new"), "--device", "cpu"]) == 2
+        told = one_line(capfd)
+        assert flag in told and re.search("(cannot|can) be written to", told)
+
+
 @pytest.mark.parametrize("by", ["copy", "link"])
 def test_sorted_into_folders(real, tmp_path, capfd, by):
     folder, _ = real
@@ -469,6 +496,9 @@ def test_mistakes_are_one_line(two, tmp_path, capfd):
         ([two, images, "--output", "/dev/null", "--overwrite"], "is no file"),
         ([two, images, "--sort", tmp_path / "full"], "new or empty"),
         ([two, images, "--sort", images / "sorted"], "lies in"),
+        ([two, images, "--output", ""], "--output was given an empty name"),
+        ([two, images, "--gallery", ""], "--gallery was given an empty name"),
+        ([two, images, "--sort", ""], "--sort was given an empty name"),
     ]:
         assert run([*map(str, words), *([] if "--device" in words else ["--device", "cpu"])]) == 2, words
         assert message in one_line(capfd), words

@@ -1,6 +1,7 @@
 """A run opened for use: its weights, classes, preprocessing, and what is said where there is none."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -50,14 +51,46 @@ def test_last_weights_and_temperature(run, tmp_path):
         (run / "summary.json").write_text(json.dumps(summary))
 
 
+def test_accuracy_is_that_of_the_weights_which_are_opened(run, tmp_path):
+    """Not of the best or the last epoch that there was: weights are saved with a checkpoint only."""
+    own = shutil.copytree(run, tmp_path / "run")
+    (own / "summary.json").unlink()
+    (own / "report" / "confusion_best.json").write_text('{"epoch": 0, "confusion": [[3, 1], [1, 0]]}')
+    with open(own / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "top1": 99.0}\n')
+    best, last = (open_run(str(own), device="cpu", weights=weights) for weights in ("best", "last"))
+    assert best.weights == "best weights of epoch 1" and best.top1 == 60.0
+    second = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
+    assert last.weights == "last weights, after epoch 2" and last.top1 == second["top1"] != 99.0
+    saved = torch.load(own / "checkpoint.pth", weights_only=True)
+    saved["state"]["step"] = 3
+    torch.save(saved, own / "checkpoint.pth")
+    stopped = open_run(str(own), device="cpu", weights="last")
+    assert stopped.weights == "last weights, after 3 steps of epoch 3" and stopped.top1 is None
+
+
+def test_mixed_precision_is_float16_if_the_run_s_was_and_else_the_device_s_choice(run, tmp_path):
+    own = shutil.copytree(run, tmp_path / "run")
+    settings = (own / "config.yaml").read_text()
+    for name, chosen in (("auto", "auto"), ("bfloat16", "auto"), ("float16", "float16")):
+        (own / "config.yaml").write_text(re.sub("^amp_dtype: .*$", f"amp_dtype: {name}", settings, flags=re.M))
+        assert open_run(str(own), device="cpu", amp=True).config.amp_dtype == chosen
+
+
 def test_what_is_no_run_is_said_in_a_line(run, tmp_path):
     with pytest.raises(ConfigError, match=r"holds no run: it has no config\.yaml"):
         open_run(str(tmp_path))
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
-    with pytest.raises(ConfigError, match="its settings or classes cannot be read"):
+    with pytest.raises(ConfigError, match="its settings, classes or summary cannot be read"):
         open_run(str(tmp_path))
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "plan.json").write_text((run / "report" / "plan.json").read_text())
+    for name, text in (("config.yaml", ""), ("summary.json", '{"top1": 5')):
+        before = (tmp_path / name).read_text() if (tmp_path / name).exists() else None
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match="its settings, classes or summary cannot be read"):
+            open_run(str(tmp_path), device="cpu")
+        (tmp_path / name).unlink() if before is None else (tmp_path / name).write_text(before)
     with pytest.raises(ConfigError, match="nothing was saved yet"):
         open_run(str(tmp_path), device="cpu")
     (tmp_path / "model_best.pth").write_bytes(b"no weights")
