@@ -197,7 +197,7 @@ def train_one_epoch(
     if ema is not None:
         ema.begin_epoch(loader.images_per_step, learning_rate.num_epochs, learning_rate.warming_up(state.epoch))
     learner.train()
-    started, cpu_before, asked_to_stop = time.perf_counter(), cpu_seconds(), False
+    cpu_before, started, asked_to_stop = cpu_seconds(), time.perf_counter(), False
     for step, images, targets in stop.while_they_come(loader.epoch(state.epoch, state.step)):
         runtime.draw_from(state.epoch, step)  # dropout and stochastic depth, so that a resume repeats them
         set_learning_rate(learner.optimizer, learning_rate(state.epoch + step / len(loader)))

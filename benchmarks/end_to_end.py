@@ -43,10 +43,11 @@ from stages import plan_stages, set_drop_rates
 from utils import find_device, start_runtime
 
 WAYS = ("train", "ceiling", "reference")
+NOT_CAPTURED = "cuda_graphs off: "  # begins the line of a run whose step had to go without graphs
 
 
-def run_training(flags: Sequence[str], folder: str, uuid: str | None = None) -> None:
-    """Run train.py as a program, its run in `folder`.
+def run_training(flags: Sequence[str], folder: str, uuid: str | None = None) -> str:
+    """Run train.py as a program, its run in `folder`; return what it printed.
 
     uuid: of a GPU whose utilisation is written to `folder`/utilisation
 
@@ -65,6 +66,7 @@ def run_training(flags: Sequence[str], folder: str, uuid: str | None = None) -> 
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise ConfigError(f"train.py ended with status {done.returncode}: {lines[-1].removeprefix('error: ')}")
+    return done.stdout
 
 
 def watch_gpu(uuid: str | None, folder: str, finished: threading.Event) -> None:
@@ -91,7 +93,7 @@ def train(flags: Sequence[str], scratch: str, uuid: str | None) -> list[common.M
     """Train with train.py; return the measures of each stage, from the run's own metrics."""
     with tempfile.TemporaryDirectory(dir=scratch) as parent:
         folder = os.path.join(parent, "run")
-        run_training(flags, folder, uuid)
+        printed = run_training(flags, folder, uuid)
         records = RunFolder(folder).metrics()
         watched = Path(folder, "utilisation")
         samples = json.loads(watched.read_text()) if watched.exists() else []
@@ -102,7 +104,7 @@ def train(flags: Sequence[str], scratch: str, uuid: str | None) -> list[common.M
         row = {name: common.median([record[name] for record in epochs]) for name in names}
         # Not of epoch 0: its samples begin while the program still starts.
         row["gpu_utilisation"] = common.median([percent for epoch, percent in samples if 0 < epoch in stage.epochs])
-        rows.append(row)
+        rows.append(row | {"captured": None if uuid is None else NOT_CAPTURED not in printed})
     return rows
 
 
@@ -120,7 +122,8 @@ def ceiling(flags: Sequence[str], num_classes: int, steps: int) -> list[common.M
         learner.enter_stage(stage.image_size, {stage.batch_size})
         batches = ResidentBatches(stage.image_size, stage.batch_size, steps, num_classes, runtime)
         states = [train_epoch(config, stage, learner, batches) for _ in range(3)][1:]
-        rows.append({"images_per_second": common.median([state.num_images / state.train_seconds for state in states])})
+        row = {"images_per_second": common.median([state.num_images / state.train_seconds for state in states])}
+        rows.append(row | {"graphs": learner.graphs is not None and learner.graphs.possible})
     return rows
 
 

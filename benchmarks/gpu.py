@@ -39,7 +39,7 @@ from gpu_page import PAGE, write_page
 from gpu_parts import Item, plan_items
 from gpu_rows import CUT, DONE, FAILED, Rows, card_of
 from gpu_setup import TINY, Setup, make_images
-from gpu_work import Ended, Worker, run_study
+from gpu_work import SAVING, Ended, Worker, run_study
 
 from settings.errors import ConfigError, first_line, tell
 
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
             for item in measurements:
                 if rows.ended(card).get((part, item.name)) == DONE or time.monotonic() >= end:
                     continue
-                limit = end if item.function is None else min(deadline, 2 * end - start)
+                limit = min(end, deadline - SAVING) if item.function is None else min(deadline, 2 * end - start)
                 status = carry_out(item, worker, rows, origin, limit, args)
                 print(f"{part}: {item.name}: {status}", flush=True)
             show_page(args.out)
@@ -138,8 +138,13 @@ def prepare(args: argparse.Namespace) -> Setup:
     if os.path.exists(note):
         with open(note, encoding="utf-8") as file:
             before = file.read()
-        if before != text:
-            names = [name for name, value in json.loads(before).items() if json.loads(text).get(name) != value]
+        earlier = json.loads(before)
+        # The parts that need no images may have gone before, or follow.
+        earlier["data"] = earlier["data"] or setup.data
+        setup = replace(setup, data=setup.data or earlier["data"])
+        text = json.dumps(described(setup))
+        names = [name for name, value in earlier.items() if json.loads(text).get(name) != value]
+        if names:
             raise ConfigError(f"--out {args.out} holds rows of another {', '.join(names)}; give another folder")
     if args.data is None and args.rehearse:
         args.data = os.path.join(setup.scratch, "made")
@@ -151,8 +156,8 @@ def prepare(args: argparse.Namespace) -> Setup:
             f"--data DIR is missing, a folder of images with train/ and val/, as Imagenette's; {', '.join(needing)} "
             f"need it, {', '.join(WITHOUT_IMAGES)} do not"
         )
-    if args.data is not None and not os.path.isdir(setup.tree):
-        trees.link_images(trees.find_images(args.data, args.limit), setup.tree)
+    if args.data is not None:
+        trees.link_again(trees.find_images(args.data, args.limit), setup.tree)
     os.makedirs(args.out, exist_ok=True)
     with open(note, "w", encoding="utf-8") as file:
         file.write(text)

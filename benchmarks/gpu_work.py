@@ -17,7 +17,7 @@ import torch
 from gpu_parts import Item, free_memory
 from gpu_setup import Setup
 
-from settings.errors import first_line
+from settings.errors import RunError, first_line
 
 SAVING = 30.0  # seconds that a sweep gets to save its runs, after its time
 
@@ -48,6 +48,8 @@ class Worker:
 
     def start(self) -> Connection:
         """Start the process, unless it runs."""
+        if self.process is not None and not self.process.is_alive():
+            self.close()
         if self.connection is None:
             context = multiprocessing.get_context("spawn")
             self.connection, theirs = context.Pipe()
@@ -62,13 +64,15 @@ class Worker:
         Raises:
             Ended: it failed, the process died, or time was over.
         """
-        connection = self.start()
-        connection.send(item)
+        connection, sent = self.start(), False
         while True:
-            if not connection.poll(max(0.0, limit - time.monotonic())):
-                self.close()
-                raise Ended("time was over", cut=True)
             try:
+                if not sent:
+                    connection.send(item)
+                    sent = True
+                if not connection.poll(max(0.0, limit - time.monotonic())):
+                    self.close()
+                    raise Ended("time was over", cut=True)
                 kind, content = connection.recv()
             except (EOFError, ConnectionError) as error:
                 self.process.join()
@@ -77,7 +81,9 @@ class Worker:
                 raise Ended(f"the process ended with status {status}; see {self.log}") from error
             if kind == "end":
                 return
-            if kind == "error":
+            if kind == "lost":
+                self.close()
+            if kind in ("error", "lost"):
                 raise Ended(content)
             yield content
 
@@ -109,8 +115,10 @@ def serve(connection: Connection, setup: Setup, log: str) -> None:
                 connection.send(("end", None))
             except Exception as error:
                 traceback.print_exc()
-                connection.send(("error", f"{type(error).__name__}: {first_line(error)}"))
-                if lost():
+                # After a capture that broke torch has no way back either, though the GPU answers.
+                ends = lost() or isinstance(error, RunError)
+                connection.send(("lost" if ends else "error", f"{type(error).__name__}: {first_line(error)}"))
+                if ends:
                     return
             free_memory()
 

@@ -1,5 +1,7 @@
 """Folders of images to measure on, made of links to a user's own."""
 
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +59,16 @@ def link_images(images: Sequence[tuple[str, Path]], tree: str) -> None:
                 continue
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{number:07}_{file.name}").symlink_to(file.resolve())
+
+
+def link_again(images: Sequence[tuple[str, Path]], tree: str) -> None:
+    """Link to images as `link_images` does, unless as many are linked to: the folder may have grown meanwhile."""
+    if sum(len(files) for _, _, files in os.walk(os.path.join(tree, "train"))) == len(images):
+        return
+    for place in (tree, f"{tree}.new"):
+        shutil.rmtree(place, ignore_errors=True)
+    link_images(images, f"{tree}.new")
+    os.rename(f"{tree}.new", tree)
 
 
 def read_files(tree: str) -> None:

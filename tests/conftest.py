@@ -5,6 +5,9 @@ import multiprocessing
 import os
 import random
 
+# cuBLAS looks at it once, in a process's first product of matrices; some tests ask for the same bits later in it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import numpy as np
 import programs
 import pytest
@@ -25,6 +28,7 @@ FIRST = """tracking upload benchmarks gpu_benchmark cuda_without_gpu processes p
 stage_effects fit store config""".split()
 
 
+@pytest.hookimpl(optionalhook=True)  # unknown without xdist
 def pytest_xdist_auto_num_workers():
     """Half as many again as cores: a third of the time tests wait, for servers that are silent, and signals."""
     return (os.cpu_count() or 1) * 3 // 2
@@ -89,6 +93,7 @@ def nothing_left():
     yield
     programs.end_all()
     assert multiprocessing.active_children() == []  # of a loader left open: others count theirs
+    torch.use_deterministic_algorithms(False)  # as a run may have asked: it has torch fill all new memory
     if os.environ != before:
         os.environ.clear()
         os.environ.update(before)

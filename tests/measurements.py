@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from settings.errors import RunError
+
 
 def well(setup, *values):
     for value in values:
@@ -19,6 +21,11 @@ def never(setup):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield {"way": "never", "process": os.getpid(), "child": child.pid}
     child.wait()
+
+
+def broken(setup):
+    yield {"way": "broken", "process": os.getpid()}
+    raise RunError("cuda_graphs: the step of this model broke its capture")
 
 
 def dying(setup):

@@ -3,6 +3,9 @@
 import importlib
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +16,7 @@ import psutil
 import pytest
 import torch
 from programs import ROOT
+from runs import make_tree
 from torch import nn
 
 from settings.resolve import resolve
@@ -109,6 +113,37 @@ def test_data_are_needed_unless_it_is_a_rehearsal(tmp_path):
     assert gpu.main(gpu.read_options(["--out", str(tmp_path / "out"), "--plan"])) == 0
 
 
+def test_parts_without_images_may_go_before_the_others(tmp_path):
+    """As where the images are still on their way."""
+
+    def prepare(*options):
+        return gpu.prepare(gpu.read_options(["--out", str(tmp_path / "out"), "--device", "cpu", *options]))
+
+    assert prepare("--parts", "ceilings").data is None
+    data = make_tree(tmp_path / "images")
+    setup = prepare("--parts", "whole", "--data", str(data))
+    assert setup.data == "images" and prepare("--parts", "ceilings").data == "images"
+
+    def linked():
+        return {path.resolve() for path in Path(setup.tree, "train").rglob("*.*")}
+
+    few = linked()
+    more = data / "train" / "ant" / "later.png"
+    shutil.copy(next(iter(few)), more)  # the folder has grown
+    prepare("--parts", "whole", "--data", str(data))
+    assert linked() == few | {more} and not os.path.exists(f"{setup.tree}.new")
+    with pytest.raises(gpu.ConfigError, match=r"holds rows of another data; give another folder"):
+        prepare("--parts", "whole", "--data", str(make_tree(tmp_path / "others")))
+
+
+def test_a_study_gets_its_half_minute_within_the_minutes(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu, "run_study", lambda name, setup, data, parallel, limit, log: seen.append(limit))
+    start = time.monotonic()
+    assert gpu.main(gpu.read_options(["--out", str(tmp_path / "out"), "--rehearse", "--parts", "staged", "--box", "staged=50", "--minutes", "2"])) == 0  # fmt: skip
+    assert 85 < seen[0] - start < 120  # of 120 seconds 30 are for saving
+
+
 def test_all_parts_by_default_but_the_race():
     args = gpu.read_options(["--out", "x"])
     items = gpu.items_of(args, setups.Setup(device="cpu"))
@@ -140,9 +175,18 @@ def test_a_measurement_that_fails_dies_or_never_ends_costs_itself(tmp_path, monk
         with pytest.raises(work.Ended, match=r"^RuntimeError: no such luck$") as end:
             next(failing)
         assert not end.value.cut and "in two lines" in log.read_text()
+        breaking = rows(measurements.broken)
+        assert next(breaking)["process"] == process  # a failure did not cost the process
+        with pytest.raises(work.Ended, match=r"^RunError: cuda_graphs: the step of this model broke its capture$"):
+            next(breaking)
+        (after,) = rows(measurements.well, 3)
+        assert after["process"] != process  # but a capture that broke did, and the next one has a new one
+        os.kill(after["process"], signal.SIGKILL)
+        worker.process.join(20)
         running = rows(measurements.never)
         row = next(running)
-        assert row["process"] == process  # a failure did not cost the process
+        process = row["process"]
+        assert process != after["process"]
         with monkeypatch.context() as patch:
             patch.setattr(work, "time", SimpleNamespace(monotonic=lambda: 1e12))
             with pytest.raises(work.Ended, match=r"^time was over$") as end:
@@ -181,7 +225,10 @@ def test_a_study_is_told_its_time_and_how_it_ended(tmp_path, monkeypatch):
 
 
 def test_tests_that_fail_are_named(tmp_path, monkeypatch):
+    seen = []
+
     def run(command, **options):
+        seen.append(command)
         assert command[1:5] == ["-m", "pytest", "-m", "gpu"]
         (report,) = [word.removeprefix("--junitxml=") for word in command if word.startswith("--junitxml=")]
         cases = '<testcase classname="a" name="good"/><testcase classname="b" name="bad"><failure/></testcase><testcase classname="c" name="broken"><error/></testcase>'
@@ -194,6 +241,18 @@ def test_tests_that_fail_are_named(tmp_path, monkeypatch):
     (row,) = parts.tests(setups.Setup(scratch=str(tmp_path)))
     assert (row["tests"], row["failures"], row["errors"], row["skipped"]) == (4, 1, 1, 1)
     assert row["broken"] == "b.bad, c.broken" and row["exit_status"] == 1
+    asked = {Path(word).stem for word in seen[0] if word.endswith(".py")}
+    assert {"test_graphs", "test_run", "test_decode", "test_scores"} <= asked and "test_docs" not in asked
+    monkeypatch.setattr(parts.subprocess, "run", lambda command, **options: SimpleNamespace(returncode=3))
+    with pytest.raises(RuntimeError, match=r"^pytest ended with status 3$"):  # it failed, and is tried again
+        next(parts.tests(setups.Setup(scratch=str(tmp_path))))
+
+
+def test_without_xdist_the_tests_run_as_well():
+    """As gpu.py has them run where it is not installed: the order of the tests is told to xdist alone."""
+    flags = ["-m", "gpu", "-p", "no:xdist", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "tests/test_decode.py"]
+    done = subprocess.run([sys.executable, "-m", "pytest", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_rows_after_a_crash(tmp_path):
