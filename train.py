@@ -45,7 +45,7 @@ from learning.learner import Learner, build_learner
 from learning.models import check_model
 from learning.optim import LearningRate, set_learning_rate
 from learning.rehearse import rehearse
-from learning.resume import check_data, check_store, find_checkpoint
+from learning.resume import check_data, check_store, find_checkpoint, most_on_device
 from learning.scores import Score, TrainingLoss, keep_outputs
 from learning.state import RunState
 from learning.stop import Stop, interruptible
@@ -81,7 +81,7 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
     folder = check_folder(config)
     if not config.test_only:
         at_end.enter_context(folder.used_alone(runtime))
-    checkpoint = find_checkpoint(config, runtime, folder.checkpoint, plan.num_epochs)
+    config, checkpoint = find_checkpoint(config, runtime, folder.checkpoint, plan.num_epochs)
     if checkpoint is not None and config.resume == "auto" and not config.test_only:
         folder.mend_best(checkpoint, plan.num_epochs, runtime)
         stop.resumable = True
@@ -109,11 +109,12 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
     fitting = config.fit_time is not None and checkpoint is None
     if fitting:
         check_decoding(config, data, runtime)
-    data = with_store(config, data, runtime, reserved)  # decoded once; on the GPU if training leaves it room
+    # Decoded once; on the GPU if training leaves it room
+    data = with_store(config, data, runtime, reserved, most_on_device(checkpoint, config))
     if config.decode_cache == "auto":
         config = replace(config, decode_cache=data.store_folder or "off")
     if checkpoint is not None:
-        check_store(checkpoint, config, data)
+        check_store(checkpoint, config, data, runtime)
     make_loader = partial(train_loader, config, data, runtime)
     forecast = None
     if fitting:  # the epochs that a time affords, from steps and an evaluation that are timed and undone

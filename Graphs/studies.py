@@ -3,7 +3,7 @@
 import csv
 import os
 import statistics as plain
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from Graphs.charts import (
 from Graphs.figure import COLOURS, GREY, HEIGHT, Figure, Specification, styled
 from Graphs.rows import (
     MEASURE,
+    comparison,
     data_set,
     first_and_last,
     is_complete,
@@ -44,6 +45,7 @@ class Kind:
     end: of its name
     title: what it shows
     draw: draws it from the rows of runs, and of epochs if `epochs`
+    of: chooses the rows that it shows, and what it needs to know of each
     room: pixels that its axis takes
     """
 
@@ -51,6 +53,7 @@ class Kind:
     title: str
     draw: Callable[..., alt.LayerChart]
     epochs: bool = False
+    of: Callable[[Sequence[Row]], list[Row]] = list
     room: int = 42
 
 
@@ -58,11 +61,13 @@ class Kind:
 class StudyFigure(Figure):
     """A figure of a study.
 
+    study: its name
     subtitle: of what: model, data, length
     sources: files of rows, the runs' first
     kind: what draws it from the rows of each source
     """
 
+    study: str
     subtitle: str
     sources: tuple[str, ...]
     kind: Kind
@@ -75,9 +80,20 @@ class StudyFigure(Figure):
         return content
 
     def specification(self) -> Specification:
-        rows = [read_rows(source) for source in self.sources]
-        chart, note = self.kind.draw(*rows), note_lines(self.sources[0], rows[0])
+        runs, *epochs = (read_rows(source) for source in self.sources)
+        shown = self.kind.of(runs)
+        note = note_lines(self.sources[0], shown)
+        averaged = {name for name in conditions_of(runs) if comparison(self.study, runs, name)[0] == "top1_ema"}
+        if averaged:  # by which the study is judged, in its table too
+            note.append("accuracy of the weights' average")
+            shown, *epochs = ([averages_of(row, averaged) for row in rows] for rows in (shown, *epochs))
+        chart = self.kind.draw(shown, *epochs)
         return styled(chart, self.title, self.subtitle, note, self.kind.room).to_dict()
+
+
+def averages_of(row: Row, conditions: Collection[str]) -> Row:
+    """Put the accuracy of the weights' average in the place of theirs, in a row of one of `conditions`."""
+    return row | {"top1": row["top1_ema"]} if row["condition"] in conditions else row
 
 
 def note_lines(source: str, rows: Sequence[Row]) -> list[str]:
@@ -246,8 +262,8 @@ def parallel(rows: Sequence[Row]) -> alt.LayerChart:
     return layered(strokes, dots, labels)
 
 
-def by_magnitude(rows: Sequence[Row]) -> alt.LayerChart:
-    """Draw accuracy against RandAugment's magnitude: a colour for each image size and scale, seeds, mean and interval."""
+def of_one_magnitude(rows: Sequence[Row]) -> list[Row]:
+    """Choose the runs whose magnitude of RandAugment does not grow; `x` is that, `group` image size and scale."""
     kept = []
     for row in rows:
         if "auto_augment" in row and row["auto_augment"] != "ra":
@@ -257,6 +273,14 @@ def by_magnitude(rows: Sequence[Row]) -> alt.LayerChart:
             size = f"{sizes[-1]:.0f} px" if sizes else "one size"
             scale = row.get("ra_scale")
             kept.append(row | {"group": f"{size}, {scale} scale" if scale else size, "x": magnitudes[0]})
+    return kept
+
+
+def by_magnitude(kept: Sequence[Row]) -> alt.LayerChart:
+    """Draw accuracy against RandAugment's magnitude: a colour for each image size and scale, seeds, mean and interval.
+
+    kept: rows of `of_one_magnitude`
+    """
     groups = sorted({row["group"] for row in kept}, key=lambda name: (len(name.split(" px")[0]), name))
     points = [{"group": row["group"], "seed": row["seed"], "x": row["x"], "top1": measure(row)} for row in kept]
     averages = []
@@ -333,7 +357,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "dropout": (EVERY_SEED, PARALLEL),
     "image_size": (EVERY_SEED, PARALLEL),
     "ra_magnitude": (
-        Kind("", "RandAugment magnitude by image size", by_magnitude),
+        Kind("", "RandAugment magnitude by image size", by_magnitude, of=of_one_magnitude),
         Kind("conditions", "Every seed, mean and 95 % interval", every_seed),
     ),
     "class_weights": (Kind("", "Every seed, mean and 95 % interval", by_balanced_accuracy),),
@@ -355,7 +379,7 @@ def study_figures(results: str) -> list[StudyFigure]:
                 if not os.path.exists(sources[-1]):
                     continue
             place, subtitle = f"{study} {kind.end}".strip(), str(content.get("title", study))
-            figures.append(StudyFigure(name, kind.title, place, subtitle, tuple(sources), kind))
+            figures.append(StudyFigure(name, kind.title, place, study, subtitle, tuple(sources), kind))
     return figures
 
 

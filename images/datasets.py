@@ -53,6 +53,11 @@ class Data:
     def classes(self) -> list[str]:
         return self.train.classes
 
+    @property
+    def on_device(self) -> int:
+        """How many of the sets lie on the GPU, decoded; that to train on is the first."""
+        return sum(getattr(images, "resident", None) is not None for images in (self.train, self.val))
+
     def __str__(self) -> str:
         """Say how many images there are; and how many were left out, with the first of them."""
         told = f"{len(self.train)} training and {len(self.val)} validation images of {len(self.classes)} classes"

@@ -274,13 +274,14 @@ def building_seconds(config: Config, data: Data) -> float:
     return total
 
 
-def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) -> Data:
+def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0, most_on_device: int = 2) -> Data:
     """Replace the images of `data` by stored ones, decoded once, as decode_cache asks.
 
     `data` stays unchanged where that is off, where auto finds too little room, and for images that are in memory
     anyway.
 
     reserved: bytes of the GPU's memory that training will take beyond what it holds now
+    most_on_device: sets of images that are placed on the GPU, where it has room; that to train on is the first
 
     Raises:
         ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
@@ -302,7 +303,8 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0) 
     place = ""
     if runtime.device.type == "cuda" and config.augment_on != "worker":
         room = DEVICE_SHARE * (runtime.free_memory() - reserved)
-        for stored, place_too in zip(opened, (", the training images on the GPU", ", all on the GPU")):
+        places = (", the training images on the GPU", ", all on the GPU")
+        for stored, place_too in zip(opened[:most_on_device], places):
             room -= stored.header["bytes"]
             if runtime.any(room < 0):
                 break

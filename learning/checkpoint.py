@@ -27,6 +27,7 @@ class Checkpoint:
     config: the settings, as `Config.as_dict` gives them
     classes, num_images: of the training data
     store_side: short side of images out of a decode-once store, pixels; None where files were read
+    on_device: how many sets of images lay on the GPU: none, those to train on, or all; None in older files
     best: fingerprint of the file of the best weights that `state` tells of; None before there are any, and in older files
     read_from: the file it was read from, which is not part of it
     """
@@ -40,6 +41,7 @@ class Checkpoint:
     classes: list[str]
     num_images: int
     store_side: int | None = None
+    on_device: int | None = None
     model_ema: dict[str, Tensor] | None = None
     ema_updates: int = 0
     best: str | None = None

@@ -212,6 +212,7 @@ class Learner:
             classes=data.classes,
             num_images=len(data.train),
             store_side=data.store_side,
+            on_device=data.on_device,
         )
 
     def restore(self, checkpoint: Checkpoint, to_train: bool = True) -> RunState:

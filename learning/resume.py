@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,18 +13,23 @@ from learning.models import build_on_meta
 from learning.optim import build_optimizer
 from settings.errors import ConfigError, first_line
 from settings.resolve import RUN_SETTINGS
+from settings.sources import read_yaml
 from settings.table import BEFORE, LAUNCH, PLACE, Config, plain
 from utils import Runtime
 
 
-def find_checkpoint(config: Config, runtime: Runtime, own: str, num_epochs: int) -> Checkpoint | None:
-    """Find the checkpoint that the run continues from; None if it starts anew.
+def find_checkpoint(config: Config, runtime: Runtime, own: str, num_epochs: int) -> tuple[Config, Checkpoint | None]:
+    """Find the checkpoint that the run continues from.
 
     own: where a run in this output_dir saves its own
     num_epochs: that the run trains
 
     `resume: auto` continues the very run in output_dir: every setting that shapes it must be the same. A
-    file by name starts a run of its own from that state, under the settings given; a line tells which differ.
+    file by name starts a run of its own from that state, under the settings given; a line tells which differ. Where a
+    run that began with a file has saved nothing yet, auto begins with that file again.
+
+    Returns: the settings, with that file as `resume`, and as `weights` what the run of a file began with; the
+        checkpoint, None if the run starts anew
 
     Raises:
         ConfigError: none that can be read, or settings that do not fit it.
@@ -31,15 +37,31 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str, num_epochs: int)
     checkpoint = None
     if config.resume == "auto":
         checkpoint = newest_whole(runtime, own)
-    elif config.resume:
+        if checkpoint is None and not config.test_only and (begun := began_with(config.output_dir)):
+            runtime.say(f"{config.output_dir} has no checkpoint yet: it begins with {begun} again")
+            config = replace(config, resume=begun)
+    if config.resume not in ("", "auto"):
         checkpoint = Checkpoint.load(config.resume)
         check_whole(checkpoint)
+        weights = settings_of(checkpoint)["weights"]
+        if config.weights not in (None, weights):
+            raise ConfigError(
+                f"weights {config.weights} has no effect with resume {config.resume}, whose run began with {weights or 'none'}; "
+                "leave one of them out"
+            )
+        config = replace(config, weights=weights)  # by which a GoogLeNet or Inception knows its images' normalisation
     if checkpoint is None:
         if config.test_only and not config.weights:
             raise ConfigError(f"resume: no run in {config.output_dir} to evaluate")
-        return None
+        return config, None
     check_same(config, runtime, checkpoint, num_epochs)
-    return checkpoint
+    return config, checkpoint
+
+
+def began_with(folder: str) -> str:
+    """Find the checkpoint of another run that the run in `folder` began with, by its settings; '' if there is none."""
+    path = os.path.join(folder, RUN_SETTINGS)
+    return read_yaml(path).get("resume", "") if os.path.isfile(path) else ""
 
 
 def newest_whole(runtime: Runtime, own: str) -> Checkpoint | None:
@@ -147,16 +169,29 @@ def check_same(config: Config, runtime: Runtime, checkpoint: Checkpoint, num_epo
             raise ConfigError(
                 f"resume: {config.resume} stopped inside epoch {state.epoch}; only --resume auto can continue there"
             )
-        state.best_top1, state.best_epoch = -1.0, -1  # its best weights lie in another folder
+        state.best_top1, state.best_epoch = -1.0, -1  # its best weights lie in another folder, and its epochs' records
+        state.first_epoch = state.epoch
         checkpoint.best = None
 
 
-def check_store(checkpoint: Checkpoint, config: Config, data: Data) -> None:
+def most_on_device(checkpoint: Checkpoint | None, config: Config) -> int:
+    """Find how many sets of images may lie on the GPU: no more than before, in a run that goes on, for the same pixels."""
+    before = checkpoint.on_device if checkpoint is not None and config.resume == "auto" else None
+    return 2 if before is None else before
+
+
+def check_store(checkpoint: Checkpoint, config: Config, data: Data, runtime: Runtime) -> None:
     """Raise ConfigError if the run in output_dir would go on with other pixels than before.
 
-    That is with images out of a decode-once store instead of the files, or the other way round.
+    That is with images out of a decode-once store instead of the files, or the other way round. Where the GPU has no
+    room for them any more, a line says so: a crop that is made there differs by up to a grey level.
     """
     before = checkpoint.store_side
+    if data.on_device < most_on_device(checkpoint, config) and checkpoint.on_device is not None:
+        runtime.say(
+            "warning: images that lay on the GPU find no room there now; the run goes on, its images differ by up to a grey "
+            "level from those of before"
+        )
     if config.resume == "auto" and before != data.store_side:
         then, now = ("images of a decode-once store", "the files") if before else ("the files", "a decode-once store")
         mend = "make room for it, or give a folder as --decode-cache" if before else "use --decode-cache off"

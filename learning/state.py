@@ -13,6 +13,7 @@ class RunState:
     """How far a run is; with the learner's weights, all that a resume needs.
 
     epoch, step: the next step to take
+    first_epoch: that this run has trained; those before are another's, whose checkpoint it began with
     loss_sum, num_images: of the part of `epoch` that is done, all processes
     train_seconds, wait_seconds, cpu_seconds: of that part; the last of this process and its workers
     seconds: that the run has taken until the last checkpoint, all of its parts from the start of their processes
@@ -21,6 +22,7 @@ class RunState:
 
     epoch: int = 0
     step: int = 0
+    first_epoch: int = 0
     loss_sum: float = 0.0
     num_images: int = 0
     train_seconds: float = 0.0

@@ -14,6 +14,7 @@ from images.datasets import Data
 from learning.checkpoint import UNFINISHED, Checkpoint, previous_checkpoint, put_in_place, to_cpu
 from learning.fit import Forecast, since_start
 from learning.learner import Learner
+from learning.resume import began_with
 from learning.scores import Score
 from learning.state import RunState
 from learning.throughput import inference_speed
@@ -158,13 +159,16 @@ class FolderLog(RunLog):
         if config.resume == "auto":
             # Epochs after the checkpoint are trained again, to the same numbers.
             self.records = [record for record in folder.metrics() if record["epoch"] < first_epoch and is_whole(record)]
-            missing = sorted(set(range(config.start_epoch, first_epoch)) - {record["epoch"] for record in self.records})
+            began = max(config.start_epoch, checkpoint.state.first_epoch if checkpoint else 0)
+            missing = sorted(set(range(began, first_epoch)) - {record["epoch"] for record in self.records})
             if missing:
                 print(f"{folder.at(METRICS)} has lost {len(missing)} epochs; times and speeds are those of the others")
         folder.write_metrics(self.records)
         settings = {name: value for name, value in config.as_dict().items() if name not in LAUNCH}
-        if config.resume not in ("", "auto"):
-            settings["resume"] = config.resume  # where the run started from is part of it
+        # Where the run started from is part of it.
+        begun = began_with(folder.path) if config.resume == "auto" else config.resume
+        if begun:
+            settings["resume"] = begun
         folder.write_settings(settings)
         folder.write_plan(plan, data.classes)
         for stage, grid in samples.items():

@@ -27,7 +27,7 @@ from reporting.assessment import receiver_operating, scores_of
 from reporting.folder import BEST, HELD_OUT, RunFolder
 from settings.errors import ConfigError, tell
 from settings.resolve import resolve
-from settings.table import Config
+from settings.table import LAUNCH, Config
 from studies.study import with_held_out
 from utils import Runtime, start_runtime
 
@@ -41,12 +41,14 @@ def evaluate_held_out(folder: RunFolder, split: str) -> dict[str, Any]:
     if folder.summary() is None:
         raise ConfigError(f"{folder.path} holds no finished run; give the folder of one")
     values = folder.settings()
-    began_with = values.pop("weights", None)
-    config = replace(resolve([], values), decode_cache="off")
+    published = values.get("weights") is not None
+    # What the run began with need not be there any more.
+    config = resolve([], {name: value for name, value in values.items() if name not in (*LAUNCH, "weights")})
+    config = replace(config, decode_cache="off")
     runtime = start_runtime(config)
     data = load_held_out(config, split, runtime)
     learner, _ = build_learner(config, len(data.classes), read_weights(config.model, folder.at(BEST)), runtime)
-    model = as_trained(learner.model, published=began_with is not None)
+    model = as_trained(learner.model, published=published)
     logits, targets = predict(model, data, config, runtime)
     return scores(logits, targets)
 
@@ -119,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("usage: python -m studies.held_out RUN_FOLDER SPLIT")
     folder = RunFolder(arguments[0])
     found = evaluate_held_out(folder, arguments[1])
-    folder.write(HELD_OUT, json.dumps(found))
+    folder.write(HELD_OUT, json.dumps({"held_out": arguments[1]} | found))
     print(", ".join(f"{name} {value:.4g}" for name, value in found.items() if value is not None))
     return 0
 

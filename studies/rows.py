@@ -34,6 +34,7 @@ TEXT = (
     "commit",
     "date",
     "settings",
+    "held_out",
 )
 WHOLE = (
     "seed",
@@ -112,8 +113,10 @@ class Results:
         """Find the row of a run; None if it is not finished, or not evaluated on the held-out images that it has now."""
         key = (run.condition, run.seed)
         found = next((row for row in self.rows if (row["condition"], row["seed"]) == key), None)
-        lacks = found is not None and run.held_out is not None and found.get("held_out_top1") is None
-        return None if lacks else found
+        if found is None or run.held_out is None:
+            return found
+        other = (found.get("held_out") or run.held_out) != run.held_out  # a row of older versions does not name them
+        return None if other or found.get("held_out_top1") is None else found
 
     def finished(self) -> list[Row]:
         """List the rows of the runs that the study has now."""

@@ -2,18 +2,23 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from programs import ROOT
 from small_models import CPU, checkpoint_of
 
+from images.datasets import load_data
+from images.store import StoredImages
+from images.store_place import with_store
 from learning.checkpoint import Checkpoint, previous_checkpoint
 from learning.models import build_model
-from learning.resume import find_checkpoint
+from learning.resume import check_store, find_checkpoint, most_on_device
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from settings.table import BEFORE, DEFAULTS, LAUNCH, PLACE
+from utils import Runtime
 
 
 def settings(folder, *flags):
@@ -36,6 +41,11 @@ def leave_checkpoint(folder, path=None, **state):
 
 
 def find(config):
+    return find_both(config)[1]
+
+
+def find_both(config):
+    """The settings too, which say what the run began with."""
     return find_checkpoint(config, CPU, own=os.path.join(config.output_dir, "checkpoint.pth"), num_epochs=config.epochs)
 
 
@@ -206,3 +216,50 @@ def test_a_file_by_name_that_cannot_be_continued(tmp_path, state, message):
     leave_checkpoint(tmp_path, file, **state)
     with pytest.raises(ConfigError, match=message):
         find(settings(tmp_path / "new", "--resume", file))
+
+
+def test_a_run_that_began_with_a_file_and_has_saved_nothing_begins_with_it_again(tmp_path, capsys):
+    """Not from random weights, which --resume auto means where there is no run."""
+    file, folder = tmp_path / "mine.pth", tmp_path / "new"
+    leave_checkpoint(tmp_path, file, epoch=2, best_top1=50.0, best_epoch=1)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"model: efficientnet_v2_tiny\nepochs: 5\nresume: {file}\n")
+    for flags in (["--resume", "auto", "--output-dir", str(folder)], ["--config", str(folder / "config.yaml"), "--resume", "auto", "--output-dir", str(folder)]):  # fmt: skip
+        config, found = find_both(resolve(flags))
+        assert (found.state.epoch, found.state.first_epoch, found.state.best_epoch) == (2, 2, -1)
+        assert config.resume == str(file)
+        assert f"has no checkpoint yet: it begins with {file} again" in capsys.readouterr().out
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"resume: no file .*mine\.pth"):
+        find(resolve(flags))
+
+
+def test_a_run_begun_with_a_file_has_the_weights_that_one_began_with(tmp_path):
+    """GoogLeNet and Inception take images as those weights want them."""
+    file = tmp_path / "mine.pth"
+    whole_of(settings(tmp_path).as_dict() | {"weights": "DEFAULT"}, epoch=2).save(str(file))
+    config, _ = find_both(settings(tmp_path / "new", "--resume", file))
+    assert config.weights == "DEFAULT"
+    with pytest.raises(ConfigError, match=r"weights other has no effect with resume .*, whose run began with DEFAULT"):
+        find(settings(tmp_path / "new", "--resume", file, "--weights", "other"))
+
+
+def test_images_stay_where_they_lay_on_the_gpu_or_a_line_says_that_they_do_not(tmp_path, capsys):
+    """A crop there differs from one by workers; a run that went on would see other pixels."""
+    auto, file = settings(tmp_path, "--resume", "auto"), settings(tmp_path)
+    older, none, all_of_them = (replace(checkpoint_of(1), on_device=sets) for sets in (None, 0, 2))
+    assert [most_on_device(one, auto) for one in (None, older, none, all_of_them)] == [2, 2, 0, 2]
+    assert most_on_device(none, file) == 2
+    for before, now, said in ((all_of_them, 2, False), (all_of_them, 1, True), (none, 0, False), (older, 0, False)):
+        check_store(before, auto, SimpleNamespace(store_side=None, on_device=now), CPU)
+        assert ("find no room there now" in capsys.readouterr().out) is said
+
+
+def test_no_more_images_are_placed_on_the_gpu_than_may_be(tree, monkeypatch):
+    gpu = replace(CPU, device=torch.device("cuda"))
+    monkeypatch.setattr(Runtime, "free_memory", lambda runtime: 2**40)
+    monkeypatch.setattr(StoredImages, "place_on", lambda stored, device: setattr(stored, "resident", device))
+    config = resolve(["--data-path", str(tree), "--decode-cache", str(tree / "store")])
+    data = load_data(config, CPU)
+    assert [with_store(config, data, gpu, 0, most).on_device for most in (0, 1, 2)] == [0, 1, 2]
+    assert with_store(config, data, CPU).on_device == 0

@@ -274,6 +274,29 @@ def test_magnitudes_are_drawn_by_size_and_scale(results):
     assert all(row["n"] == 3 for row in lines)
 
 
+def test_a_figure_counts_the_runs_that_it_shows(tmp_path):
+    magnitudes = {"2": "2", "5": "5", "5 → 15": "[5, 15]", "none": "9"}
+    write_rows(f"{tmp_path}/ra_magnitude_small.csv", [
+        study_rows.row(name, seed, 50.0 + seed, varying={"train_crop_size": "64", "ra_magnitude": magnitude, "auto_augment": "" if name == "none" else "ra"})
+        for name, magnitude in magnitudes.items() for seed in range(3)
+    ])  # fmt: skip
+    by_size, conditions = (json.dumps(specification(str(tmp_path), name)) for name in ("ra_magnitude_small", "ra_magnitude_small_conditions"))  # fmt: skip
+    assert "6 runs: 2 conditions, seeds 0, 1, 2" in by_size and "12 runs: 4 conditions" in conditions
+
+
+def test_a_study_that_is_judged_by_the_average_of_the_weights_is_drawn_by_it(tmp_path):
+    """As its table is: reproduce.yaml says top1_ema."""
+    study_rows.write_reproduce(tmp_path, "reproduce", seeds=2)
+    study_rows.write_reproduce(tmp_path, "reproduce_small", seeds=2)
+    rows = read_rows(f"{tmp_path}/reproduce.csv")
+    shown = {name: specification(str(tmp_path), name) for name in ("reproduce_time", "ImageNetTE-EfficientNetV2-S", "reproduce_small_time")}  # fmt: skip
+    dots = {name: next(rows for mark, rows in values(chart) if mark == "circle") for name, chart in shown.items()}
+    assert dots["reproduce_time"][0]["top1"] == rows[0]["top1_ema"] == rows[0]["top1"] + 2
+    assert dots["reproduce_small_time"][0]["top1"] == rows[0]["top1"]
+    assert dots["ImageNetTE-EfficientNetV2-S"][-1]["top1"] > rows[-1]["top1"] + 4.9  # 5 higher in rows of epochs
+    assert ["accuracy of the weights' average" in json.dumps(chart) for chart in shown.values()] == [True, True, False]
+
+
 def test_times_that_were_meant_to_be_equal_are_seen_from_near(tmp_path, results):
     def domain(folder, name):
         (x,) = {json.dumps(layer["encoding"]["x"]["scale"]["domain"]) for layer in flat(specification(folder, name)) if layer.get("mark", {}).get("type") == "circle"}  # fmt: skip

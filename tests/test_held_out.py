@@ -39,12 +39,22 @@ def test_best_weights_are_evaluated_on_the_folder_given_and_not_on_what_chose_th
     assert start(tree, tmp_path / "run", "--epochs", "1", "--val-list", tmp_path / "list.txt") == 0
     assert main([str(tmp_path / "run"), "test"]) == 0
     found = json.loads((tmp_path / "run" / "held_out.json").read_text())
-    assert found["held_out_images"] == 6 and set(found) == {"held_out_images", "held_out_top1", "held_out_balanced_accuracy", "auc", "sensitivity", "specificity"}  # fmt: skip
+    assert found["held_out_images"] == 6 and set(found) == {"held_out", "held_out_images", "held_out_top1", "held_out_balanced_accuracy", "auc", "sensitivity", "specificity"}  # fmt: skip
     assert found["held_out_top1"] == pytest.approx((found["sensitivity"] + found["specificity"]) / 2)  # three of each
+    assert found["held_out"] == "test"
     with pytest.raises(ConfigError, match=r"no folder .*nowhere"):
         main([str(tmp_path / "run"), "nowhere"])
     with pytest.raises(ConfigError, match=r"held_out val: 2 of its 4 images are validation images"):
         main([str(tmp_path / "run"), "val"])
+
+
+def test_what_the_run_began_with_need_not_be_there_any_more(tmp_path):
+    tree = make_tree(tmp_path / "images", splits=(("train", 8), ("val", 2), ("test", 3)))
+    assert start(tree, tmp_path / "first", "--epochs", "1") == 0
+    began = tmp_path / "first" / "checkpoint.pth"
+    assert start(tree, tmp_path / "run", "--epochs", "2", "--resume", began) == 0
+    began.unlink()
+    assert main([str(tmp_path / "run"), "test"]) == 0
 
 
 def test_splits_of_the_hub_share_all_images_or_none():

@@ -120,6 +120,27 @@ def test_another_run_may_start_from_a_checkpoint_and_says_what_differs(tree, tmp
     assert [record["epoch"] for record in metrics(tmp_path / "two")] == [1]
 
 
+def test_a_run_begun_with_a_file_is_that_run_however_it_goes_on(tree, tmp_path, monkeypatch, capsys):
+    assert start(tree, tmp_path / "one", "--epochs", "1") == 0
+    began, out = tmp_path / "one" / "checkpoint.pth", tmp_path / "two"
+    flags = ["--resume", began, "--epochs", "3"]
+    assert start(tree, tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        cut(patch, 5)
+        assert start(tree, out, *flags) == 3
+    capsys.readouterr()
+    assert run(["--output-dir", str(out), "--resume", "auto"]) == 0
+    assert "has lost" not in capsys.readouterr().out  # epoch 0 was never its own
+    assert f"resume: {began}" in (out / "config.yaml").read_text()
+    assert_same_bits(checkpoint(out)["model"], checkpoint(tmp_path / "whole")["model"])
+    for name in ("checkpoint.pth", "checkpoint_previous.pth", "model_best.pth", "summary.json"):
+        (out / name).unlink(missing_ok=True)  # as if it had been killed before it saved anything
+    assert run(["--output-dir", str(out), "--resume", "auto"]) == 0
+    assert f"it begins with {began} again" in capsys.readouterr().out
+    assert [record["epoch"] for record in metrics(out)] == [1, 2]
+    assert_same_bits(checkpoint(out)["model"], checkpoint(tmp_path / "whole")["model"])
+
+
 def test_a_run_goes_on_without_the_weights_it_began_with(tree, tmp_path, capsys):
     assert start(tree, tmp_path / "first", "--epochs", "1") == 0
     began = tmp_path / "began.pth"

@@ -44,6 +44,16 @@ def test_a_row_without_the_scores_of_held_out_images_is_unfinished_and_replaced(
     assert Results(held_out, str(tmp_path)).finished() == results.rows
 
 
+def test_scores_of_other_held_out_images_are_never_mixed_in(study, tmp_path):
+    (run,) = study(ONE.replace("only: {}", "only: {held_out: test}")).runs
+    write_rows(str(tmp_path / "study.csv"), [row(run, held_out="test", held_out_top1=40.0)])
+    for split, finished in (("test", 1), ("other", 0)):
+        now = study(ONE.replace("only: {}", f"only: {{held_out: {split}}}"))
+        assert len(Results(now, str(tmp_path)).finished()) == finished
+    write_rows(str(tmp_path / "study.csv"), [row(run, held_out_top1=40.0)])  # of before the column was
+    assert len(Results(now, str(tmp_path)).finished()) == 1
+
+
 @pytest.mark.parametrize(
     "content",
     [
