@@ -46,13 +46,14 @@ from learning.models import check_model
 from learning.optim import LearningRate, set_learning_rate
 from learning.rehearse import rehearse
 from learning.resume import check_data, check_store, find_checkpoint, most_on_device
-from learning.scores import Score, TrainingLoss, keep_outputs
+from learning.scores import NonFiniteLoss, Score, TrainingLoss, keep_outputs
 from learning.state import RunState
 from learning.stop import Stop, interruptible
 from learning.weights import read_weights
 from reporting.folder import RunFolder, check_folder
 from reporting.log import Dashboard, FolderLog, RunLog
 from reporting.progress import Progress
+from reporting.records import cpu_seconds
 from settings.errors import ConfigError, first_line, tell
 from settings.resolve import doubts
 from settings.table import Config
@@ -60,17 +61,18 @@ from stages import Plan, StageScheduler, make_plan, plan_of, plan_stages
 from tracking.dashboard import find_dashboard
 from tracking.deadline import exit_now
 from tracking.settings import find_settings
-from utils import Runtime, cpu_seconds, share_buffers, share_weights, start_runtime
+from utils import Runtime, share_buffers, share_weights, start_runtime
+
+REPORTED_SECONDS = 120.0  # that processes give the first to report why they end
 
 
-def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
+def main(config: Config, runtime: Runtime, dashboard: Dashboard, at_end: ExitStack) -> int:
     """Carry out the run that `config` describes, from start to end; return the exit status.
 
     at_end: closes what is opened here, in the opposite order, however the run ends
     """
-    # Where it runs, what it will do, where it continues: all that can be wrong without looking at data
-    runtime = start_runtime(config)
-    # What auto comes to here is written down, so that a resume keeps to it, on another machine too.
+    # What it will do, where it continues: all that can be wrong without looking at data. What auto comes to here is
+    # written down, so that a resume keeps to it, on another machine too.
     config = replace(config, augment_on=augment_on(config, runtime), amp_dtype=runtime.precision or config.amp_dtype)
     stop = at_end.enter_context(Stop(runtime, config.time_budget, patient=False))
     dashboard.ask_to_stop = stop.ask
@@ -178,7 +180,6 @@ def main(config: Config, dashboard: Dashboard, at_end: ExitStack) -> int:
     last_is_best = state.best_epoch == plan.num_epochs - 1
     closing = evaluate_outcome(config, data, learner, state, log, known, set(sizes.values()), last_is_best)
     log.finish(state, learner, sizes, closing)
-    runtime.barrier()  # they leave together: one that is gone early may leave another waiting for it (torch 2.6)
     return 0
 
 
@@ -310,7 +311,7 @@ def run(argv: Sequence[str]) -> int:
 
     What a user can mend is told in one line, without a traceback.
     """
-    config = None
+    config = runtime = status = None
     try:
         with interruptible():
             config = find_settings(argv, check_model)
@@ -318,11 +319,18 @@ def run(argv: Sequence[str]) -> int:
                 show_plan(make_plan(config), config.plan)
                 return 0
             with find_dashboard(config) as dashboard, ExitStack() as at_end:
-                return main(config, dashboard, at_end)
+                runtime = start_runtime(config)
+                status = main(config, runtime, dashboard, at_end)
+            # They leave together. torchrun ends all as soon as one ends otherwise than with 0, and the first may still be
+            # saving or reporting; and one that is gone early may leave another waiting for it (torch 2.6).
+            runtime.barrier()
+            return status
     except ConfigError as error:
         tell(error)
         return 2
     except KeyboardInterrupt as error:
+        if status is not None:  # it came to its end before
+            return status
         if config is None or not getattr(error, "resumable", False):
             tell(f"stopped: {error}; nothing was saved")
             return 1
@@ -330,6 +338,8 @@ def run(argv: Sequence[str]) -> int:
         return 3
     except Exception as error:
         tell(f"error: {told(error, config)}")
+        if runtime is not None and isinstance(error, NonFiniteLoss):  # which all processes meet with
+            runtime.meet(REPORTED_SECONDS)
         return 1
     finally:
         if dist.is_initialized():

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -235,6 +234,12 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier(group=self.patient)
 
+    def meet(self, seconds: float) -> None:
+        """Wait until every process is here, or until this time has passed."""
+        if self.world_size > 1:
+            with suppress(RuntimeError):
+                dist.monitored_barrier(self.patient, timedelta(seconds=seconds))
+
     def synchronize(self) -> None:
         """Wait until the device has done all it was given."""
         if self.device.type == "cuda":
@@ -388,13 +393,3 @@ def share_weights(state: dict[str, Tensor] | None, model: nn.Module, runtime: Ru
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
     return model
-
-
-def cpu_seconds() -> float:
-    """Sum the processor seconds of this process and of those it started, as far as the system tells."""
-    own = psutil.Process()
-    total = 0.0
-    for process in (own, *own.children(recursive=True)):
-        with suppress(psutil.Error):  # ended meanwhile; its parent then counts it
-            total += sum(process.cpu_times()[:4])  # user, system, and of the children that have ended
-    return total

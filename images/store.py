@@ -201,9 +201,13 @@ def held(path: str) -> bool | None:
     Raises:
         OSError: it cannot be opened.
     """
-    with io.FileIO(path) as file:
-        if fcntl is None:
-            return None
+    if fcntl is None:
+        return None
+    try:
+        file = io.FileIO(path, "r+")  # NFS locks for one alone only what may be written to
+    except PermissionError:
+        file = io.FileIO(path)
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -93,7 +93,7 @@ def remove_outdated(path: str, images: EncodedImages) -> None:
         place = os.path.join(folder, other)
         if other != name and other.startswith(start) and other.endswith(".images"):
             with suppress(OSError):
-                if made_from(place) == origin(images) and not held(place):
+                if made_from(place) == origin(images) and (held(place) is False or os.name == "nt"):
                     os.remove(place)
 
 

@@ -121,7 +121,10 @@ class Loader(DataLoader):
             except (RuntimeError, OSError, EOFError) as error:  # the last two of a batch whose worker is gone
                 late = str(error).startswith("DataLoader timed out")
                 if not late or time.monotonic() - watch.since >= PATIENCE:
-                    raise why_none(error, watch, self.dataset) or error from error
+                    reason = why_none(error, watch, self.dataset) or error
+                    if late:
+                        end_at_once(watch.workers)
+                    raise reason from error
 
 
 class Watch(threading.Thread):
@@ -183,18 +186,29 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
+def end_at_once(workers: Sequence[Any]) -> None:
+    """Kill worker processes that are still there. They ignore SIGTERM, and at its own end Python would wait for them."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+    for worker in workers:
+        worker.join(5)
+
+
 def close_loader(loader: Any) -> None:
     """End the worker processes of a loader now; do nothing to one that has none.
 
     Left to garbage collection they linger into the next stage (pytorch/pytorch#22133); torch has no public call for
-    it, and would wait for ever for one that is stopped.
+    it, would wait for ever for one that is stopped, and leaves one that hangs.
     """
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-        for worker in getattr(iterator, "_workers", ()):
+        workers = list(getattr(iterator, "_workers", ()))
+        for worker in workers:
             if is_stopped(worker.pid):
                 worker.kill()
         iterator._shutdown_workers()
+        end_at_once(workers)
     if isinstance(loader, DataLoader):
         loader._iterator = None
 

@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, written so that a crash leaves a whole one, read without unpickling code."""
 
+import errno
 import os
 import zipfile
 import zlib
@@ -15,7 +16,9 @@ from learning.state import RunState
 from settings.errors import ConfigError, RunError
 
 CHECKPOINT_FORMAT = 1
+NOT_THERE = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)  # on this disk
 UNFINISHED = ".tmp"  # ends the name of a file that is being written
+TIMED = "fit_time"  # the name of a checkpoint that is written to be timed, and removed at once
 
 
 @dataclass
@@ -229,6 +232,9 @@ def sync_folder(folder: str) -> None:
         descriptor = os.open(folder or ".", os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in NOT_THERE:
+                raise
         finally:
             os.close(descriptor)
 

@@ -20,7 +20,7 @@ from images.datasets import Data
 from images.loaders import eval_loader
 from images.store_place import building_seconds
 from images.workers import closing_loader
-from learning.checkpoint import UNFINISHED, write_beside
+from learning.checkpoint import TIMED, UNFINISHED, write_beside
 from learning.learner import Learner
 from learning.optim import LearningRate
 from learning.state import RunState
@@ -283,7 +283,7 @@ class Measuring:
         copied = written = time.perf_counter()
         if self.runtime.is_main:
             # Not by the name of a checkpoint, which a run killed here would be resumed from; the next one writes over it.
-            path = os.path.join(self.config.output_dir, "fit_time")
+            path = os.path.join(self.config.output_dir, TIMED)
             write_beside(path, checkpoint.to_dict())
             written = time.perf_counter()
             os.remove(path + UNFINISHED)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from learning.checkpoint import (
+    NOT_THERE,
+    TIMED,
     UNFINISHED,
     Checkpoint,
     Damaged,
@@ -81,8 +84,10 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the files of an older run, no others."""
-        unfinished = [name + UNFINISHED for name in (CHECKPOINT, BEST)]
-        for name in [*self.held(), *filter(self.has, [*unfinished, ERROR, FORECAST]), *self.events()]:
+        unfinished = [name + UNFINISHED for name in (CHECKPOINT, BEST, TIMED)]
+        there = os.listdir(self.path) if os.path.isdir(self.path) else []
+        errors = [name for name in there if re.fullmatch(r"error(_\d+)?\.txt", name)]
+        for name in [*self.held(), *filter(self.has, [*unfinished, FORECAST]), *errors, *self.events()]:
             with naming_fault(self.at(name)):
                 os.remove(self.at(name))
 
@@ -120,7 +125,8 @@ class RunFolder:
             except NotImplementedError:
                 pass  # a disk that knows no locks
             except OSError as error:
-                trouble = f"{error.strerror}; give another folder"
+                if error.errno not in NOT_THERE:
+                    trouble = f"{error.strerror}; give another folder"
         if runtime.any(bool(trouble)):
             raise ConfigError(f"output_dir {self.path}: {trouble or 'process 0 says why it cannot be used'}")
         try:

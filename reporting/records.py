@@ -6,9 +6,11 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torchvision
 
@@ -215,3 +217,13 @@ def commit() -> str | None:
 
 def git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True).stdout
+
+
+def cpu_seconds() -> float:
+    """Sum the processor seconds of this process and of those it started, as far as the system tells."""
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.Error):  # ended meanwhile; its parent then counts it
+            total += sum(process.cpu_times()[:4])  # user, system, and of the children that have ended
+    return total

@@ -228,9 +228,9 @@ def honest_program(*flags, env=None, cwd=ROOT):
     return finished(honest_popen(*flags, env=env, cwd=cwd))
 
 
-def torchrun(*flags, env=None):
+def torchrun(*flags, env=None, script="train.py"):
     """Run train.py in two processes; the launcher finds a free port."""
-    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     return finished(Process("-m", [*words, *flags], environment(env)))
 
 

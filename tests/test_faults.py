@@ -9,24 +9,29 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from programs import ROOT, SMALL, popen
 from runs import assert_same_bits, checkpoint, make_tree, metrics, start
-from torch.utils.data import DataLoader
+from small_models import CPU
+from torch.utils.data import DataLoader, Dataset
 
 import images.workers
 import reporting.log
 import train
-from images.workers import signals_held
-from learning.checkpoint import write_safely
+from images.workers import closing_loader, make_loader, signals_held
+from learning.checkpoint import sync_folder, write_safely
 from learning.learner import Learner
 from learning.state import RunState
 from reporting.folder import RunFolder
-from settings.errors import ConfigError
+from reporting.log import Dashboard
+from settings.errors import ConfigError, RunError
 from settings.values import every
+from tracking.deadline import exit_now
 from train import run
 
 TWO = ["--stages", "2", "--epochs", "4", "--train-crop-size", "32", "48"]
@@ -438,3 +443,68 @@ def test_the_page_has_the_counts_of_the_last_torture_and_fuzzing(tmp_path, monke
     monkeypatch.setattr(torture, "PAGE", page)
     assert torture.main(["--write"]) == 0
     assert page.read_text() == (ROOT / "docs" / "reliability.md").read_text()
+
+
+class Hanging(Dataset):
+    """As images on a disk that does not answer."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        time.sleep(600 if index == 2 else 0)
+        return index
+
+
+def test_a_worker_that_hangs_is_ended_with_the_run(monkeypatch):
+    """It ignores SIGTERM, and at its end Python waits for all processes that it has started."""
+    monkeypatch.setattr(images.workers, "LOOK_EVERY", 0.5)
+    monkeypatch.setattr(images.workers, "PATIENCE", 3.0)
+    with (
+        closing_loader(make_loader(Hanging(), CPU, 1, batch_size=1)) as loader,
+        pytest.raises(RunError, match="the workers have brought no images for 3 s; see to the disk of the images"),
+    ):
+        list(loader)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_signal_after_the_end_changes_no_status(tree, tmp_path, monkeypatch):
+    class Late(Dashboard):
+        def __exit__(self, *exception):
+            signal.raise_signal(signal.SIGTERM)
+
+    flags = [*SMALL, "--data-path", str(tree), "--output-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(train, "find_dashboard", lambda config: Late())
+    for status in (0, 3):
+        monkeypatch.setattr(train, "main", lambda *args, status=status: status)
+        assert run(flags) == status
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("tracking.deadline.abandoned", False)  # as another test may have left it
+    try:
+        with pytest.raises(SystemExit) as end:
+            exit_now(3)
+        signal.raise_signal(signal.SIGTERM)  # while Python ends
+        assert end.value.code == 3
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_disks_that_cannot_sync_a_folder_or_lock_a_file_do(tmp_path, monkeypatch):
+    sync_folder("/proc")  # EINVAL, as of some shared folders
+
+    for number, fine in ((errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EACCES, False)):
+        refused = OSError(number, os.strerror(number))
+        monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=refused))
+        outcome = nullcontext() if fine else pytest.raises(ConfigError, match="Permission denied")
+        with outcome, RunFolder(str(tmp_path / "run")).used_alone(CPU):
+            pass
+
+
+def test_overwriting_removes_all_that_a_run_may_have_left_and_nothing_else(tmp_path):
+    ours = ["error.txt", "error_1.txt", "fit_time.tmp", "checkpoint.pth.tmp", "metrics.jsonl"]
+    for name in [*ours, "error_of_mine.txt", "fit_time"]:
+        (tmp_path / name).touch()
+    RunFolder(str(tmp_path)).clear()
+    assert sorted(os.listdir(tmp_path)) == ["error_of_mine.txt", "fit_time"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from programs import LARGER, SMALL, honest_popen, ranks, torchrun
+from programs import LARGER, ROOT, SMALL, honest_popen, ranks, torchrun
 from runs import STRONG, assert_same_bits, checkpoint, make_tree, metrics
 
 
@@ -121,3 +121,26 @@ def test_two_processes_leave_out_the_same_images_or_name_the_one_that_is_bad(tmp
     for rank, process in enumerate(done):
         (line,) = [line for line in process.stderr.splitlines() if "rror" in line]  # torch warns of what it deprecates
         assert line.startswith(("error: ", "[rank 1] error: ")[rank]) and "bee/3.png cannot be read as an image" in line
+
+
+SLOW = """import sys, time
+sys.path.insert(0, {root!r})
+import train
+from learning.checkpoint import Checkpoint
+from tracking.deadline import exit_now
+
+save = Checkpoint.save
+Checkpoint.save = lambda *args: (time.sleep(5), save(*args))[1]
+exit_now(train.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes is set up for Linux here")
+def test_the_launcher_lets_the_first_process_save(tree, tmp_path):
+    """It ends all processes as soon as one has ended with another status than 0, as those that save nothing do."""
+    (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
+    out = tmp_path / "run"
+    flags = [*SMALL, *LARGER, "--data-path", tree, "--output-dir", out, "--epochs", "100000", "--time-budget", "1s"]
+    done = torchrun(*flags, "--eval-every", "100000", script=str(tmp_path / "slow.py"))
+    assert "stopped: time budget spent; saved" in done.stdout, done.stderr
+    assert checkpoint(out)["world_size"] == 2 and "stopped: signal" not in done.stderr

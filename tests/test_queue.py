@@ -150,3 +150,19 @@ def test_what_the_server_says_no_to_is_one_line_and_is_not_sent_twice(sent, monk
     monkeypatch.setattr(queue, "find_task", lambda task_id: 1 / 0)
     with pytest.raises(RunError, match="ZeroDivisionError"):
         sent.queue.find([run])
+
+
+def test_a_task_that_is_deleted_has_failed(monkeypatch):
+    """The SDK then raises what a server that is away for a while may raise, too."""
+
+    def gone():
+        raise IndexError("list index out of range")
+
+    task = SimpleNamespace(id="abc", get_status=gone, data=SimpleNamespace(status_message=""))
+    run = queue.QueuedRun(None, task)
+    for reason, found, answer in (("no answer", None, None), (None, task, None), (None, None, 1)):
+        monkeypatch.setattr(queue, "why_no_server", lambda reason=reason: reason)
+        monkeypatch.setattr(queue, "find_task", lambda number, found=found: found)
+        run.due = 0.0
+        assert run.poll() == answer
+    assert run.reason() == "task abc was deleted on the server"

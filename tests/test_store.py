@@ -456,6 +456,14 @@ def test_an_outdated_store_that_a_run_uses_stays(tree):
     assert len(files(tree / ".decode_cache")) == 2  # of training and of validation images
 
 
+def test_an_outdated_store_of_which_no_one_can_tell_stays(tree, monkeypatch):
+    """On NFS another machine may have it in its memory, whose run would end by SIGBUS."""
+    used = stored(tree).train.path
+    monkeypatch.setattr(store_place, "held", lambda path: None)
+    os.utime(tree / "train" / "ant" / "0.png", (1, 1))
+    assert stored(tree).train.path != used and os.path.exists(used)
+
+
 def test_stores_of_an_older_version_are_removed(tree):
     path = Path(stored(tree).train.path)
     old = path.with_name("train-32-0123456789abcdef.images")

@@ -24,7 +24,9 @@ from programs import (
 from runs import assert_same_bits, checkpoint, metrics
 
 from reporting.folder import RunFolder
+from settings.resolve import resolve
 from settings.table import Config
+from tracking.run import ClearML
 from tracking.server import load_sdk
 from tracking.session import Session
 from tracking.settings import project_name, task_name
@@ -283,3 +285,20 @@ def test_overwriting_forgets_the_older_run(images, tmp_path):
     assert session.offline is None and session.online is None
     (out / "clearml" / "task.json").write_text("{half")
     assert Session(RunFolder(str(out))).online is None  # damaged: as if there were none
+
+
+def test_at_its_start_a_run_waits_for_no_store_of_files_and_at_its_end_as_long_as_its_weights_take(
+    tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr("tracking.run.why_no_server", lambda: asked.append("server"))
+    monkeypatch.setattr("tracking.run.why_no_files", lambda: asked.append("files") or "no files")
+    monkeypatch.setattr("tracking.run.watched", lambda work, limit, trouble: trouble())
+    clearml = ClearML(resolve(["--output-dir", str(tmp_path)]), offline_because=None)
+    assert not clearml.in_time(lambda: None, 1.0) and asked == ["server"]
+    clearml.report = SimpleNamespace(no_files=None)
+    assert clearml.in_time(lambda: None, 1.0) == "no files"
+    assert clearml.closing_seconds() == 900
+    with open(tmp_path / "checkpoint.pth", "wb") as file:
+        file.truncate(1_500_000_000)  # of EfficientNetV2-L, say
+    assert clearml.closing_seconds() == 900 + 6000

@@ -2,19 +2,25 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from clearml_server import ClearMLServer, Refused
 from programs import LIMIT, RUN, nowhere, popen, program, upload, upload_popen  # fmt: skip
 from runs import metrics
+from small_models import checkpoint_of
 
+from learning.state import RunState
 from reporting.folder import RunFolder
 from tracking.__main__ import main
 from tracking.events import Points, read_events, session_points
+from tracking.report import TaskReport
 from tracking.session import Session
 
 # ---- offline, then sent ----
@@ -335,3 +341,33 @@ def test_an_upload_that_is_stopped_half_way_gives_the_status_back(sent):
     assert "ClearML: interrupted; the same command sends the rest" in printed
     assert (task.status, task.status_reason, task.status_message) == ("failed", "because", "as it was")
     assert upload(folder, env).returncode == 0 and task.status == "completed"
+
+
+def test_an_upload_takes_its_time_and_one_that_is_given_up_gives_the_status_back(tmp_path, monkeypatch, capsys):
+    calls, put_back = [], []
+
+    class Fake:
+        def __init__(self, folder):
+            self.send, self.put_back = (lambda: None), (lambda: put_back.append(folder))
+
+    def watched(work, limit, trouble):
+        calls.append(limit)
+        work()
+        return len(calls) > 1  # the server goes away before the upload is over
+
+    monkeypatch.setattr("tracking.__main__.Upload", Fake)
+    monkeypatch.setattr("tracking.__main__.watched", watched)
+    assert main(["upload", str(tmp_path)]) == 1
+    assert calls == [math.inf, 10.0] and put_back == [str(tmp_path)]
+    assert "the same command sends the rest" in capsys.readouterr().out
+
+
+def test_the_last_model_has_the_epoch_of_its_checkpoint(tmp_path):
+    """Not that of the last record: a run that is killed may have trained epochs since."""
+    folder, seen = RunFolder(str(tmp_path)), []
+    folder.write_metrics([{"epoch": epoch} for epoch in range(9)])
+    report = SimpleNamespace(folder=folder, model=lambda name, file, epoch, comment: seen.append((name, file, epoch)))
+    for state in (RunState(epoch=6), RunState(epoch=6, step=2)):
+        replace(checkpoint_of(6), state=state).save(folder.checkpoint)
+        TaskReport.models(report)
+    assert seen == [("last", "checkpoint.pth", 5), ("last", "checkpoint.pth", 6)]

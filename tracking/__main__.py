@@ -1,12 +1,12 @@
 """`python -m tracking upload OUTPUT_DIR`: send a run to a ClearML server."""
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from settings.errors import ConfigError, tell
 from tracking.deadline import abandon, brief, exit_now, watched
-from tracking.run import CLOSE_SECONDS
 from tracking.server import why_no_files, why_no_server
 from tracking.upload import Upload
 
@@ -35,8 +35,10 @@ def main(argv: Sequence[str]) -> int:
         uploads[0].send()
 
     try:
-        if not in_time(upload, CLOSE_SECONDS):
+        if not in_time(upload, math.inf):  # as long as the server answers
             abandon("ClearML: the server stopped answering; the same command sends the rest")
+            if uploads:
+                in_time(uploads[0].put_back, PUT_BACK_SECONDS)
             return 1
     except KeyboardInterrupt:
         abandon("ClearML: interrupted; the same command sends the rest")

@@ -60,9 +60,11 @@ def exit_now(code: int) -> NoReturn:
     """End the program with status `code`, as sys.exit does unless a thread was abandoned.
 
     In that case the process ends at once: Python's own end would wait for threads, and so for a server that is gone.
-    A Ctrl-C has nothing more to stop, and is not heard: it would print where in Python's own end it came.
+    Ctrl-C and SIGTERM have nothing more to stop, and are not heard: the one would print where in Python's own end it came,
+    the other change the status.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if abandoned:
         for stream in (sys.__stdout__, sys.__stderr__):
             if stream is not None:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,10 @@ from tracking.settings import project_name, send_settings
 
 QUEUED = "queued.json"  # in a run's folder: the task it is, and the digest of its settings
 ASK_SECONDS = 15.0  # between two questions about a task
-ENDED_BADLY = {"failed": "failed on its agent", "stopped": "was aborted", "closed": "was closed without an outcome"}
+ENDED_BADLY = {
+    "failed": "failed on its agent", "stopped": "was aborted", "closed": "was closed without an outcome",
+    "deleted": "was deleted on the server",
+}  # fmt: skip
 
 
 class Queue:
@@ -138,6 +141,10 @@ class QueuedRun:
         try:
             return self.ask()
         except Exception:  # of many kinds; a server that is away for a while does not end the sweep
+            with suppress(Exception):
+                if why_no_server() is None and find_task(self.task.id) is None:
+                    self.status = "deleted"
+                    return 1
             return None
 
     def ask(self) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from learning.checkpoint import previous_checkpoint
+from learning.checkpoint import Checkpoint, previous_checkpoint
 from reporting.folder import BEST, CHECKPOINT, METRICS, REPORT, SUMMARY, RunFolder
 from reporting.page import class_table, curve_titles, inference_table
 from reporting.records import worst_confusions
@@ -223,14 +223,15 @@ class TaskReport(RunReport):
 
     def models(self) -> None:
         """Upload the best and the last weights, and register them; waits for it, and needs a server."""
-        records = self.folder.metrics()
         best = self.folder.confusion("best")
         if best is not None:
             self.model("best", BEST, best[0], "weights under torchvision's names")
-        if records:
-            # A kill between two renames leaves the one before alone.
-            last = CHECKPOINT if self.folder.has(CHECKPOINT) else previous_checkpoint(CHECKPOINT)
-            self.model("last", last, records[-1]["epoch"], "everything that --resume continues from")
+        # A kill between two renames leaves the one before alone.
+        last = CHECKPOINT if self.folder.has(CHECKPOINT) else previous_checkpoint(CHECKPOINT)
+        if self.folder.has(last):
+            state = Checkpoint.load(self.folder.at(last)).state  # epochs after it may have a record
+            epoch = state.epoch - (state.step == 0)  # what it is the end of, or lies in
+            self.model("last", last, epoch, "everything that --resume continues from")
 
     def model(self, name: str, file: str, epoch: int, comment: str) -> None:
         """Upload one file of weights and register it, under the same model as before if there is one to be changed."""

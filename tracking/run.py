@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from reporting.folder import CLEARML, RunFolder
+from reporting.folder import BEST, CHECKPOINT, CLEARML, RunFolder
 from reporting.log import Dashboard
 from settings.errors import ConfigError
 from settings.table import Config
@@ -32,7 +32,8 @@ from tracking.settings import project_name, send_settings, task_name
 
 START_SECONDS = 60.0  # for a task to be made
 ABORT_SECONDS = 600.0  # for the step in progress and a checkpoint, after someone pressed Abort
-CLOSE_SECONDS = 900.0  # for the uploads of a run, as long as the server answers
+CLOSE_SECONDS = 900.0  # for the uploads of a run but its weights, as long as the server answers
+SLOWEST = 250e3  # bytes a second of their upload
 
 
 def find_clearml(config: Config) -> Dashboard:
@@ -203,12 +204,17 @@ class ClearML(Dashboard):
             if report is None:
                 if error is not None and on_agent() and not self.in_time(lambda: fail_agent(message), START_SECONDS):
                     abandon()
-            elif not self.in_time(lambda: self.close(report, error, message), CLOSE_SECONDS):
+            elif not self.in_time(lambda: self.close(report, error, message), self.closing_seconds()):
                 abandon(f"ClearML: the server stopped answering; {left}")
         except KeyboardInterrupt:  # who does not want to wait; what the run came to stands
             abandon(f"ClearML: interrupted; {left}")
         finally:
             self.closed.set()
+
+    def closing_seconds(self) -> float:
+        """Find how long the end of the task may take: its weights are hundreds of megabytes of a large model."""
+        sizes = [os.path.getsize(self.folder.at(name)) for name in (CHECKPOINT, BEST) if self.folder.has(name)]
+        return CLOSE_SECONDS + sum(sizes) / SLOWEST
 
     def close(self, report: TaskReport, error: BaseException | None, message: str) -> None:
         """Send what is left and end the task: completed, stopped or failed."""
@@ -248,7 +254,7 @@ class ClearML(Dashboard):
             return watched(work, limit, lambda: None)
         report = self.report
         return watched(
-            work, limit, lambda: why_no_server() or ((report is None or report.no_files is None) and why_no_files())
+            work, limit, lambda: why_no_server() or (report is not None and report.no_files is None and why_no_files())
         )
 
     def say_no_files(self, why: str) -> None:
