@@ -227,7 +227,6 @@ def parallel(rows: Sequence[Row]) -> alt.LayerChart:
         for i, which in enumerate(("first", "last") if both else ("",)):
             columns[f"{heading} {which}".strip()] = [pair and pair[i] for pair in pairs]
     columns["epochs"] = [row["epochs"] for row in rows]
-    columns["relative cost"] = [row["relative_cost"] for row in rows]
     columns[unit] = [spent(row) for row in rows]
     columns[MEASURE] = [measure(row) for row in rows]
     kept: dict[str, list[float]] = {}
