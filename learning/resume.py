@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -59,9 +60,10 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str, num_epochs: int)
 
 
 def began_with(folder: str) -> str:
-    """Find the checkpoint of another run that the run in `folder` began with, by its settings; '' if there is none."""
-    path = os.path.join(folder, RUN_SETTINGS)
-    return read_yaml(path).get("resume", "") if os.path.isfile(path) else ""
+    """Find the checkpoint of another run that the run in `folder` began with, by its settings; '' if none can be read."""
+    with suppress(ConfigError):
+        return read_yaml(os.path.join(folder, RUN_SETTINGS)).get("resume", "")
+    return ""
 
 
 def newest_whole(runtime: Runtime, own: str) -> Checkpoint | None:
