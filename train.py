@@ -63,7 +63,7 @@ from tracking.deadline import exit_now
 from tracking.settings import find_settings
 from utils import Runtime, share_buffers, share_weights, start_runtime
 
-REPORTED_SECONDS = 120.0  # that processes give the first to report why they end
+REPORTED_SECONDS = 60.0  # that processes give the first to report why they end
 
 
 def main(config: Config, runtime: Runtime, dashboard: Dashboard, at_end: ExitStack) -> int:
@@ -338,7 +338,7 @@ def run(argv: Sequence[str]) -> int:
         return 3
     except Exception as error:
         tell(f"error: {told(error, config)}")
-        if runtime is not None and isinstance(error, NonFiniteLoss):  # which all processes meet with
+        if runtime is not None and isinstance(error, NonFiniteLoss):  # as a rule all processes meet with it
             runtime.meet(REPORTED_SECONDS)
         return 1
     finally:

@@ -82,7 +82,7 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def remove_outdated(path: str, images: EncodedImages) -> None:
-    """Remove the stores that the one in `path` replaces, unless a run still uses them.
+    """Remove the stores that the one in `path` replaces, unless a run still uses them, or no one can tell.
 
     They are of the same images and side, made from files that have changed since, or by an older version of this
     program.

@@ -38,9 +38,12 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str, num_epochs: int)
     checkpoint = None
     if config.resume == "auto":
         checkpoint = newest_whole(runtime, own)
-        if checkpoint is None and not config.test_only and (begun := began_with(config.output_dir)):
+        begun = runtime.from_main(began_with(config.output_dir))
+        if checkpoint is None and begun and not config.test_only:
             runtime.say(f"{config.output_dir} has no checkpoint yet: it begins with {begun} again")
             config = replace(config, resume=begun)
+        elif checkpoint is not None and checkpoint.state.first_epoch and config.weights is None:
+            config = replace(config, weights=settings_of(checkpoint)["weights"])  # as below, when it began
     if config.resume not in ("", "auto"):
         checkpoint = Checkpoint.load(config.resume)
         check_whole(checkpoint)
@@ -189,7 +192,7 @@ def check_store(checkpoint: Checkpoint, config: Config, data: Data, runtime: Run
     room for them any more, a line says so: a crop that is made there differs by up to a grey level.
     """
     before = checkpoint.store_side
-    if data.on_device < most_on_device(checkpoint, config) and checkpoint.on_device is not None:
+    if config.resume == "auto" and checkpoint.on_device is not None and data.on_device < checkpoint.on_device:
         runtime.say(
             "warning: images that lay on the GPU find no room there now; the run goes on, its images differ by up to a grey "
             "level from those of before"

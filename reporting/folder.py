@@ -111,9 +111,12 @@ class RunFolder:
         lock = FileLock(self.at(LOCK), timeout=0)
         trouble = ""
         if runtime.is_main:
+            locking = False
             try:
                 os.makedirs(self.path, exist_ok=True)
+                locking = True
                 lock.acquire()
+                locking = False
                 with open(self.at(LOCK), "w", encoding="utf-8") as file:
                     file.write(f"process {os.getpid()} on {platform.node()}")
             except Timeout:
@@ -125,7 +128,7 @@ class RunFolder:
             except NotImplementedError:
                 pass  # a disk that knows no locks
             except OSError as error:
-                if error.errno not in NOT_THERE:
+                if not (locking and error.errno in NOT_THERE):  # some such disks say it so
                     trouble = f"{error.strerror}; give another folder"
         if runtime.any(bool(trouble)):
             raise ConfigError(f"output_dir {self.path}: {trouble or 'process 0 says why it cannot be used'}")

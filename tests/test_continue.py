@@ -240,6 +240,12 @@ def test_a_run_begun_with_a_file_has_the_weights_that_one_began_with(tmp_path):
     whole_of(settings(tmp_path).as_dict() | {"weights": "DEFAULT"}, epoch=2).save(str(file))
     config, _ = find_both(settings(tmp_path / "new", "--resume", file))
     assert config.weights == "DEFAULT"
+    state = {"epoch": 3, "first_epoch": 2}
+    leaves = settings(tmp_path / "new").as_dict() | {"weights": "DEFAULT"}
+    (tmp_path / "new").mkdir()
+    whole_of(leaves, **state).save(str(tmp_path / "new" / "checkpoint.pth"))
+    again, found = find_both(settings(tmp_path / "new", "--resume", "auto"))  # with the flags as they were
+    assert (again.weights, found.state.epoch) == ("DEFAULT", 3)
     with pytest.raises(ConfigError, match=r"weights other has no effect with resume .*, whose run began with DEFAULT"):
         find(settings(tmp_path / "new", "--resume", file, "--weights", "other"))
 
@@ -250,6 +256,9 @@ def test_images_stay_where_they_lay_on_the_gpu_or_a_line_says_that_they_do_not(t
     older, none, all_of_them = (replace(checkpoint_of(1), on_device=sets) for sets in (None, 0, 2))
     assert [most_on_device(one, auto) for one in (None, older, none, all_of_them)] == [2, 2, 0, 2]
     assert most_on_device(none, file) == 2
+    by_name = settings(tmp_path, "--resume", __file__)
+    check_store(all_of_them, by_name, SimpleNamespace(store_side=None, on_device=0), CPU)
+    assert capsys.readouterr().out == ""  # a run of its own
     for before, now, said in ((all_of_them, 2, False), (all_of_them, 1, True), (none, 0, False), (older, 0, False)):
         check_store(before, auto, SimpleNamespace(store_side=None, on_device=now), CPU)
         assert ("find no room there now" in capsys.readouterr().out) is said

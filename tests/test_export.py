@@ -287,6 +287,20 @@ def test_the_first_image_that_differs_is_named(run, data, change, first):
         compare(answering(trained, change), trained, how, data.val)
 
 
+def test_a_file_that_takes_one_image_alone_rightly_is_refused(run, data):
+    """Of photos of many sizes no two may be in a batch."""
+    trained = open_run(str(run), device="cpu")
+
+    def artifact(images):
+        with torch.inference_mode():
+            return trained.model(torch.from_numpy(images)).numpy() + (len(images) == 2)
+
+    with pytest.raises(
+        RunError, match=r"the file is refused, nothing was written: in a batch of two .* differ by 1 from"
+    ):
+        compare(artifact, trained, describe(trained, "beside"), data.val)
+
+
 def test_large_images_are_given_to_the_file_a_few_at_a_time():
     shapes = []
 

@@ -367,7 +367,11 @@ def test_the_last_model_has_the_epoch_of_its_checkpoint(tmp_path):
     folder, seen = RunFolder(str(tmp_path)), []
     folder.write_metrics([{"epoch": epoch} for epoch in range(9)])
     report = SimpleNamespace(folder=folder, model=lambda name, file, epoch, comment: seen.append((name, file, epoch)))
-    for state in (RunState(epoch=6), RunState(epoch=6, step=2)):
+    report.saved_epoch = lambda name: TaskReport.saved_epoch(report, name)
+    for state in (RunState(epoch=6), RunState(epoch=6, step=2), RunState()):  # the last has trained nothing
         replace(checkpoint_of(6), state=state).save(folder.checkpoint)
         TaskReport.models(report)
     assert seen == [("last", "checkpoint.pth", 5), ("last", "checkpoint.pth", 6)]
+    Path(folder.checkpoint).write_bytes(b"damaged")  # it is sent all the same, or nothing would ever be
+    TaskReport.models(report)
+    assert seen[2:] == [("last", "checkpoint.pth", 8)]

@@ -21,6 +21,7 @@ from tracking.settings import project_name, send_settings
 
 QUEUED = "queued.json"  # in a run's folder: the task it is, and the digest of its settings
 ASK_SECONDS = 15.0  # between two questions about a task
+DELETED_AFTER = 20  # times: five minutes, for a server that answers before its data base does
 ENDED_BADLY = {
     "failed": "failed on its agent", "stopped": "was aborted", "closed": "was closed without an outcome",
     "deleted": "was deleted on the server",
@@ -130,6 +131,7 @@ class QueuedRun:
     def __init__(self, run: Run, task: Any):
         self.run, self.task = run, task
         self.left, self.due, self.status = False, 0.0, ""
+        self.missed = 0  # times in a row that the server answered and had no such task
 
     def poll(self) -> int | None:
         """Return 0 with the run's files fetched, 1 if it failed, STOPPED where the sweep leaves it to the agents."""
@@ -142,10 +144,12 @@ class QueuedRun:
             return self.ask()
         except Exception:  # of many kinds; a server that is away for a while does not end the sweep
             with suppress(Exception):
-                if why_no_server() is None and find_task(self.task.id) is None:
-                    self.status = "deleted"
-                    return 1
-            return None
+                missing = why_no_server() is None and find_task(self.task.id) is None
+                self.missed = self.missed + 1 if missing else 0
+            if self.missed < DELETED_AFTER:
+                return None
+            self.status = "deleted"
+            return 1
 
     def ask(self) -> int | None:
         """Ask the server how the run is; fetch its files if it is finished."""

@@ -13,6 +13,7 @@ from learning.checkpoint import Checkpoint, previous_checkpoint
 from reporting.folder import BEST, CHECKPOINT, METRICS, REPORT, SUMMARY, RunFolder
 from reporting.page import class_table, curve_titles, inference_table
 from reporting.records import worst_confusions
+from settings.errors import ConfigError
 from stages import COLUMNS
 from tracking.events import SAMPLES, Points, points_of
 from tracking.server import load_sdk
@@ -228,10 +229,19 @@ class TaskReport(RunReport):
             self.model("best", BEST, best[0], "weights under torchvision's names")
         # A kill between two renames leaves the one before alone.
         last = CHECKPOINT if self.folder.has(CHECKPOINT) else previous_checkpoint(CHECKPOINT)
-        if self.folder.has(last):
-            state = Checkpoint.load(self.folder.at(last)).state  # epochs after it may have a record
-            epoch = state.epoch - (state.step == 0)  # what it is the end of, or lies in
+        epoch = self.saved_epoch(last)
+        if epoch is not None:
             self.model("last", last, epoch, "everything that --resume continues from")
+
+    def saved_epoch(self, name: str) -> int | None:
+        """Find the epoch that a checkpoint is the end of, or lies in; None if it is of none. Later ones may have a record."""
+        if not self.folder.has(name):
+            return None
+        try:
+            state = Checkpoint.load(self.folder.at(name)).state
+        except ConfigError:  # damaged, or of another version
+            return max((record["epoch"] for record in self.folder.metrics()), default=None)
+        return state.epoch - (state.step == 0) if state.epoch or state.step else None
 
     def model(self, name: str, file: str, epoch: int, comment: str) -> None:
         """Upload one file of weights and register it, under the same model as before if there is one to be changed."""

@@ -114,7 +114,7 @@ class ClearML(Dashboard):
         session = self.session
         if not session.hold():
             raise RuntimeError(f"another run or upload uses {session.root}")
-        if config.resume != "auto":
+        if config.resume == "":  # neither auto nor, in a folder that has no task or has saved nothing yet, a file
             session.forget()
         no_files = None
         if self.offline_because is None:
