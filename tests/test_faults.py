@@ -225,6 +225,8 @@ def test_a_report_that_cannot_be_drawn_costs_no_epoch(tree, whole, tmp_path, mon
 
 def test_a_signal_waits_until_workers_are_started_also_if_another_thread_receives_it():
     over, reached = threading.Event(), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever a test before has left of it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=over.wait, daemon=True).start()
     try:
         with pytest.raises(KeyboardInterrupt), signals_held():
