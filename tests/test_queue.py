@@ -161,8 +161,19 @@ def test_a_task_that_is_deleted_has_failed(monkeypatch):
     task = SimpleNamespace(id="abc", get_status=gone, data=SimpleNamespace(status_message=""))
     run = queue.QueuedRun(None, task)
     monkeypatch.setattr(queue, "DELETED_AFTER", 2)  # a server may answer before its data base does
-    steps = (("no answer", None, None), (None, None, None), (None, task, None), (None, None, None), (None, None, 1))
-    for reason, found, answer in steps:
+    away, missing, there = ("no answer", None), (None, None), (None, task)
+    asked = [
+        (away, gone),
+        (missing, gone),
+        (there, gone),
+        (missing, gone),
+        (None, lambda: "in_progress"),
+        (missing, gone),
+    ]
+    task.reload = lambda: None
+    for state, status, answer in [*((*step, None) for step in asked), (missing, gone, 1)]:
+        task.get_status = status
+        reason, found = state or missing
         monkeypatch.setattr(queue, "why_no_server", lambda reason=reason: reason)
         monkeypatch.setattr(queue, "find_task", lambda number, found=found: found)
         run.due = 0.0

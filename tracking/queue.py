@@ -141,7 +141,8 @@ class QueuedRun:
             return None
         self.due = time.monotonic() + ASK_SECONDS
         try:
-            return self.ask()
+            answer, self.missed = self.ask(), 0
+            return answer
         except Exception:  # of many kinds; a server that is away for a while does not end the sweep
             with suppress(Exception):
                 missing = why_no_server() is None and find_task(self.task.id) is None
