@@ -130,7 +130,7 @@ from learning.checkpoint import Checkpoint
 from tracking.deadline import exit_now
 
 save = Checkpoint.save
-Checkpoint.save = lambda *args: (time.sleep(5), save(*args))[1]
+Checkpoint.save = lambda *args: (time.sleep(3), save(*args))[1]
 exit_now(train.run(sys.argv[1:]))
 """
 
@@ -141,6 +141,7 @@ def test_the_launcher_lets_the_first_process_save(tree, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW.format(root=str(ROOT)))
     out = tmp_path / "run"
     flags = [*SMALL, *LARGER, "--data-path", tree, "--output-dir", out, "--epochs", "100000", "--time-budget", "1s"]
+    flags += ["--checkpoint-every", "1h"]  # but at the stop
     done = torchrun(*flags, "--eval-every", "100000", script=str(tmp_path / "slow.py"))
     assert "stopped: time budget spent; saved" in done.stdout, done.stderr
     assert checkpoint(out)["world_size"] == 2 and "stopped: signal" not in done.stderr
