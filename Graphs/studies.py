@@ -184,7 +184,10 @@ def every_seed(
     names = conditions_of(rows)
     groups = {row["condition"]: group(row) if group else "" for row in rows}
     points = [{"condition": row["condition"], "seed": row["seed"], "top1": of(row)} for row in rows]
-    x = alt.X("top1:Q", title=title, scale=alt.Scale(zero=False, padding=8), axis=COARSE)
+    averages = means(rows, of=of)
+    # Student's interval of few runs may reach beyond what an accuracy can be; the axis ends there
+    ends = {"domainMax": 100, "nice": False} if any((entry["high"] or 0) > 100 for entry in averages) else {"padding": 8}
+    x = alt.X("top1:Q", title=title, scale=alt.Scale(zero=False, **ends), axis=COARSE)
     lines = max(name.count(", ") + 1 for name in names)  # of a label
     labels = alt.Axis(labelLimit=240, labelExpr="split(datum.label, ', ')", labelOffset=5 - 5 * lines, ticks=False, grid=True)  # fmt: skip
     y = alt.Y("condition:N", sort=names, title=None, axis=labels)
@@ -196,8 +199,7 @@ def every_seed(
     dots = grouped(points).mark_circle(size=45, opacity=0.5).encode(
         x, y, color=shade, tooltip=["condition:N", "seed:Q", number("top1", title)]
     )  # fmt: skip
-    averages = means(rows, of=of)
-    bars = grouped([entry for entry in averages if entry["low"] is not None]).mark_rule(strokeWidth=2).encode(
+    bars = grouped([entry for entry in averages if entry["low"] is not None]).mark_rule(strokeWidth=2, clip=True).encode(
         alt.X("low:Q"), alt.X2("high:Q"), y, color=shade
     )  # fmt: skip
     middles = grouped(averages).mark_point(filled=True, size=130, shape="diamond", opacity=1).encode(
@@ -352,6 +354,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "reproduce": SCHEDULES_COMPARED,
     "staged_192px": SCHEDULES_COMPARED,
     "schedules": (*SCHEDULES_COMPARED[:1], EVERY_SEED),
+    "strengths": (EVERY_SEED,),
     "epochs": (EVERY_SEED, Kind("time", "Accuracy against training time", accuracy_over_time), PARALLEL),
     "dropout": (EVERY_SEED, PARALLEL),
     "image_size": (EVERY_SEED, PARALLEL),

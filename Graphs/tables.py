@@ -15,7 +15,7 @@ from studies.rows import Row, read_rows
 from studies.statistics import Estimate, difference, estimate_text, mean_of, number_form
 
 OUTPUT = "output.txt"  # what a run in results/ printed
-STUDY_NAMES = ("reproduce", "staged_192px", "schedules", "epochs", "dropout", "image_size", "ra_magnitude", "transfer", "class_weights")  # fmt: skip
+STUDY_NAMES = ("reproduce", "staged_192px", "strengths", "schedules", "epochs", "dropout", "image_size", "ra_magnitude", "transfer", "class_weights")  # fmt: skip
 LABELS = {
     "top1": "top-1 %", "top1_ema": "top-1 % of the average", "best_top1": "best top-1 %",
     "balanced_accuracy": "balanced accuracy %", "macro_f1": "macro-F1 %", "held_out_top1": "test images: top-1 %",

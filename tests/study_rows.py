@@ -114,4 +114,5 @@ def write_transfer(folder, name="transfer_small", seeds=3):
 def write_all(folder):
     for write in (write_reproduce, write_dropout, write_image_size, write_epochs, write_magnitude, write_transfer):
         write(folder)
-    write_reproduce(folder, "schedules_small")
+    for name in ("schedules_small", "strengths_small"):
+        write_reproduce(folder, name)

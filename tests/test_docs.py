@@ -194,7 +194,7 @@ return [...document.querySelectorAll(".chart")].map(chart => {
 @pytest.mark.parametrize(("width", "theme"), [(1200, "light"), (1200, "dark"), (375, "light")])
 def test_every_figure_draws(browser, figure_pages, width, theme):
     """Those of made-up rows, so that all kinds are seen."""
-    assert len(figure_pages) == 16
+    assert len(figure_pages) == 17
     for page in figure_pages:
         look(browser, page, width, theme)
         (chart,) = browser.execute_script(CHARTS)

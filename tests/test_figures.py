@@ -125,7 +125,7 @@ def test_the_figures_of_the_issue_come_with_their_rows(results):
         "schedule", "reproduce_small_time", "reproduce_small_epochs", "reproduce_small_throughput", "epochs_small",
         "epochs_small_time", "epochs_small_parallel", "dropout_small", "dropout_small_parallel", "image_size_small",
         "image_size_small_parallel", "ra_magnitude_small", "ra_magnitude_small_conditions",
-        "transfer_small", "schedules_small", "schedules_small_time",
+        "transfer_small", "schedules_small", "schedules_small_time", "strengths_small",
     }  # fmt: skip
 
 
@@ -416,9 +416,9 @@ def test_the_story_with_rows_has_every_table_and_picture(tmp_path):
         (tmp_path / kept.name).unlink(missing_ok=True)
         (tmp_path / kept.name).symlink_to(kept)
     story = draw.with_results("README.md", str(tmp_path))
-    assert story.count("Not run yet") == 0 and story.count("Not run at full size yet") == 9
+    assert story.count("Not run yet") == 0 and story.count("Not run at full size yet") == 10
     shown = re.findall(r"\(Graphs/([\w-]+)\.svg\)", story)
-    assert shown[0] == "reproduce_small_time" and len(shown) == 15
+    assert shown[0] == "reproduce_small_time" and len(shown) == 16
     elsewhere = {  # the site's
         "epochs_small_time", "staged_192px_epochs", "staged_192px_throughput", "schedules_small", "class_weights_small",
     }  # fmt: skip
