@@ -47,6 +47,7 @@ class Kind:
     draw: draws it from the rows of runs, and of epochs if `epochs`
     of: chooses the rows that it shows, and what it needs to know of each
     room: pixels that its axis takes
+    key: what its marks are, `{first}` for the first condition
     """
 
     end: str
@@ -55,6 +56,7 @@ class Kind:
     epochs: bool = False
     of: Callable[[Sequence[Row]], list[Row]] = list
     room: int = 42
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class StudyFigure(Figure):
         runs, *epochs = (read_rows(source) for source in self.sources)
         shown = self.kind.of(runs)
         note = note_lines(self.sources[0], shown)
+        if self.kind.key:
+            note.insert(0, self.kind.key.format(first=conditions_of(shown)[0]))
         averaged = {name for name in conditions_of(runs) if comparison(self.study, runs, name)[0] == "top1_ema"}
         if averaged:  # by which the study is judged, in its table too
             note.append("accuracy of the weights' average")
@@ -186,8 +190,10 @@ def every_seed(
     points = [{"condition": row["condition"], "seed": row["seed"], "top1": of(row)} for row in rows]
     averages = means(rows, of=of)
     # Student's interval of few runs may reach beyond what an accuracy can be; the axis ends there
-    ends = {"domainMax": 100, "nice": False} if any((entry["high"] or 0) > 100 for entry in averages) else {"padding": 8}
-    x = alt.X("top1:Q", title=title, scale=alt.Scale(zero=False, **ends), axis=COARSE)
+    scale = alt.Scale(zero=False, padding=8)
+    if any((entry["high"] or 0) > 100 for entry in averages):
+        scale = alt.Scale(zero=False, domainMax=100, nice=False)
+    x = alt.X("top1:Q", title=title, scale=scale, axis=COARSE)
     lines = max(name.count(", ") + 1 for name in names)  # of a label
     labels = alt.Axis(labelLimit=240, labelExpr="split(datum.label, ', ')", labelOffset=5 - 5 * lines, ticks=False, grid=True)  # fmt: skip
     y = alt.Y("condition:N", sort=names, title=None, axis=labels)
@@ -210,7 +216,9 @@ def every_seed(
 
 def by_data_set(rows: Sequence[Row]) -> alt.LayerChart:
     """Draw `every_seed` with a colour for each data set: what a condition's name begins with, up to a colon or comma."""
-    return every_seed(rows, lambda row: data_set(row["condition"]))
+    tested = dict.fromkeys(data_set(row["condition"]) for row in rows if row.get("held_out_top1") is not None)
+    title = f"{MEASURE}; of {', '.join(tested)} on test images" if tested else MEASURE
+    return every_seed(rows, lambda row: data_set(row["condition"]), title=title)
 
 
 def by_balanced_accuracy(rows: Sequence[Row]) -> alt.LayerChart:
@@ -332,7 +340,9 @@ def throughput(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.LayerChart:
         x, y, tooltip=[alt.Tooltip("px:O"), number("median", "images/s, median", ".1f"), alt.Tooltip("n:Q", title="epochs")]
     )  # fmt: skip
     dots = (
-        alt.Chart(data(points)).mark_tick(color=GREY, opacity=0.5, thickness=1).encode(x, alt.Y("speed:Q", title=title))
+        alt.Chart(data(points))
+        .mark_tick(color=GREY, opacity=0.25, thickness=1, width={"band": 0.5})
+        .encode(x, alt.Y("speed:Q", title=title))
     )
     above = alt.Y("highest:Q", title=title)
     labels = alt.Chart(data(medians)).mark_text(baseline="bottom", dy=-4, fontSize=13).encode(
@@ -343,27 +353,32 @@ def throughput(rows: Sequence[Row], epochs: Sequence[Row]) -> alt.LayerChart:
 
 # ---- which study has which ----
 
-EVERY_SEED = Kind("", "Every seed, mean and 95 % interval", every_seed)
+SEEDS = "dots: runs; diamonds: their means; lines: 95 % intervals"
+EVERY_SEED = Kind("", "Every seed, mean and 95 % interval", every_seed, key=SEEDS)
 PARALLEL = Kind("parallel", "Parallel coordinates of all runs", parallel, room=58)
+OVER_TIME = Kind("time", "Accuracy against training time", accuracy_over_time, key=SEEDS)
 SCHEDULES_COMPARED = (
-    Kind("time", "Accuracy against training time", accuracy_over_time),
-    Kind("epochs", "Accuracy over epochs", accuracy_over_epochs, epochs=True),
-    Kind("throughput", "Throughput by stage", throughput, epochs=True),
-)
+    OVER_TIME,
+    Kind(
+        "epochs", "Accuracy over epochs", accuracy_over_epochs, epochs=True,
+        key="dots: runs; lines: their means; shaded: stages of {first}",
+    ),
+    Kind("throughput", "Throughput by stage", throughput, epochs=True, key="bars: medians; ticks: epochs"),
+)  # fmt: skip
 KINDS: dict[str, tuple[Kind, ...]] = {
     "reproduce": SCHEDULES_COMPARED,
     "staged_192px": SCHEDULES_COMPARED,
-    "schedules": (*SCHEDULES_COMPARED[:1], EVERY_SEED),
+    "schedules": (OVER_TIME, EVERY_SEED),
     "strengths": (EVERY_SEED,),
-    "epochs": (EVERY_SEED, Kind("time", "Accuracy against training time", accuracy_over_time), PARALLEL),
+    "epochs": (EVERY_SEED, OVER_TIME, PARALLEL),
     "dropout": (EVERY_SEED, PARALLEL),
     "image_size": (EVERY_SEED, PARALLEL),
     "ra_magnitude": (
-        Kind("", "RandAugment magnitude by image size", by_magnitude, of=of_one_magnitude),
-        Kind("conditions", "Every seed, mean and 95 % interval", every_seed),
+        Kind("", "RandAugment magnitude by image size", by_magnitude, of=of_one_magnitude, key=SEEDS),
+        Kind("conditions", EVERY_SEED.title, every_seed, key=SEEDS),
     ),
-    "class_weights": (Kind("", "Every seed, mean and 95 % interval", by_balanced_accuracy),),
-    "transfer": (Kind("", "From scratch or trained weights", by_data_set),),
+    "class_weights": (Kind("", EVERY_SEED.title, by_balanced_accuracy, key=SEEDS),),
+    "transfer": (Kind("", "From scratch or trained weights", by_data_set, key=SEEDS),),
 }
 NAMES = {("reproduce", "epochs"): "ImageNetTE-EfficientNetV2-S"}  # as the original study called it
 

@@ -157,7 +157,7 @@ class Tables:
                     apart.append(f"*{name}* {verdict(found, metric, control)}")
                 elif found is not None:
                     undecided.append(f"*{name}*")
-            said = "; ".join(apart) or "nothing separates"
+            said = "; ".join(apart) or "nothing separates from its control"
             lines.append(f"- `{chosen}`: {said}." + (f" Undecided: {'; '.join(undecided)}." if undecided else ""))
         return "\n".join(lines) or "No study has been run yet."
 

@@ -42,6 +42,7 @@ class Screen:
         self.study = study
         self.console = Console(width=None if Console().is_terminal else 160, highlight=False, markup=False)
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self.runner: Runner | None = None
         self.told: dict[str, str] = {}
         self.started = time.monotonic()
 
@@ -52,6 +53,8 @@ class Screen:
 
     def __exit__(self, *exception: object) -> None:
         if self.live is not None:
+            if self.runner is not None:
+                self.live.update(self.table(self.runner))
             self.live.stop()
 
     def plan(self, images: Mapping[str, int] | None, rows: Sequence[Row], unknown: str = "") -> None:
@@ -69,7 +72,8 @@ class Screen:
         for condition in study.conditions:
             several = [run for run in study.runs if run.condition == condition]
             run = several[0]
-            sizes = "-".join(dict.fromkeys(str(stage.image_size) for stage in run.plan.stages))
+            each_stage = [str(stage.image_size) for stage in run.plan.stages]
+            sizes = "-".join(each_stage if len({*each_stage}) > 1 else each_stage[:1])
             seen = f"{run.plan.num_epochs * each[condition]:,}" if images else ""
             cost = work[condition, run.seed] / basis
             lines.append([condition, len(several), sizes, run.plan.num_epochs, seen, f"{cost:.3f}"])
@@ -91,7 +95,8 @@ class Screen:
     def update(self, runner: Runner) -> None:
         """Show how far the runs are."""
         if self.live is not None:
-            self.live.update(self.table(runner), refresh=True)
+            self.runner = runner
+            self.live.update(self.table(runner, self.console.height), refresh=True)
             return
         for run, progress in runner.progress.items():
             line = f"{run.name}: {state_text(progress, run.plan.num_epochs)}"
@@ -100,18 +105,27 @@ class Screen:
                 left = runner.seconds_left()
                 self.console.print(line + (f" ({duration(left)} of training left in all)" if left else ""))
 
-    def table(self, runner: Runner) -> Table:
-        """Build the live table."""
+    def table(self, runner: Runner, height: int | None = None) -> Table:
+        """Build the live table.
+
+        height: lines there are for it; where they are too few, those of runs that wait or are done become one each
+        """
         left = runner.seconds_left()
         counts = [progress.state for progress in runner.progress.values()]
         head = f"{counts.count('done')} of {len(counts)} done, {duration(time.monotonic() - self.started)} so far"
         if left is not None:
             head += f", {duration(left)} of training left"
         table = plain_table(["run", "state", "epochs", "training", head])
+        folded = ("done", "waiting") if height is not None and len(counts) + 1 > height else ()
+        if "done" in folded and "done" in counts:
+            table.add_row(f"{counts.count('done')} runs", "done", style=COLOURS["done"])
         for run, progress in runner.progress.items():
-            epochs = f"{progress.epoch}/{run.plan.num_epochs}"
-            seconds = duration(progress.seconds) if progress.seconds else ""
-            table.add_row(run.name, progress.state, epochs, seconds, progress.note, style=COLOURS[progress.state])
+            if progress.state not in folded:
+                epochs = f"{progress.epoch}/{run.plan.num_epochs}"
+                seconds = duration(progress.seconds) if progress.seconds else ""
+                table.add_row(run.name, progress.state, epochs, seconds, progress.note, style=COLOURS[progress.state])
+        if "waiting" in folded and "waiting" in counts:
+            table.add_row(f"{counts.count('waiting')} runs", "waiting", style=COLOURS["waiting"])
         return table
 
     def outcome(self, rows: Sequence[Row]) -> None:

@@ -25,8 +25,13 @@ class Estimate:
 
     @property
     def undecided(self) -> bool:
-        """Check whether a difference of 0 lies within the interval, or there is none."""
-        return self.low is None or self.high is None or self.low <= 0 <= self.high
+        """Check whether a difference of 0 lies within the interval, or there is none that tells of the spread.
+
+        Accuracies of few images are coarse: that the differences of two or three seeds are the same does not make them sure.
+        """
+        if self.low is None or self.high is None or self.high - self.low < 1e-9:
+            return True
+        return self.low <= 0 <= self.high
 
 
 def estimate(values: Sequence[float]) -> Estimate:

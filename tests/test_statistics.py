@@ -7,6 +7,7 @@ import study_rows
 
 from Graphs.rows import comparison
 from Graphs.tables import Tables
+from studies.runner import Progress
 from studies.screen import Screen
 from studies.statistics import difference, estimate, mean_of
 
@@ -45,6 +46,14 @@ def test_a_difference_whose_interval_holds_zero_is_undecided():
     assert difference(rows, "a", "b", "top1").undecided
 
 
+def test_differences_that_are_all_the_same_tell_nothing_of_their_spread():
+    rows = [
+        {"condition": name, "seed": seed, "top1": top1} for name, top1 in (("a", 53.3), ("b", 55.5)) for seed in (0, 1)
+    ]
+    found = difference(rows, "a", "b", "top1")
+    assert found.low == found.high == pytest.approx(-2.2) and found.undecided
+
+
 def test_without_rows_there_is_no_estimate():
     assert mean_of(ROWS, "c", "top1") is None
     assert mean_of(ROWS, "a", "top1_ema") is None
@@ -75,3 +84,18 @@ def test_conditions_are_compared_as_their_study_compares_them(tmp_path, monkeypa
     assert comparison("mine", rows, "0.5") == ("top1_ema", "0.1")  # the file's first condition, not the rows'
     assert comparison("mine", rows, "False") == ("macro_f1", "0.5")
     assert comparison("not_here", rows, "0.1") == ("top1", "0.5")
+
+
+def test_the_live_table_keeps_what_is_under_way_in_sight():
+    """75 runs on 40 lines: 66 done and 5 that wait become a line each; on 80 lines each run has its own."""
+    states = ["done"] * 60 + ["failed"] + ["done"] * 6 + ["training"] * 2 + ["stopped"] + ["waiting"] * 5
+    plan = SimpleNamespace(num_epochs=12)
+    progress = {type("Run", (), {"name": f"run {i}", "plan": plan}): Progress(state) for i, state in enumerate(states)}
+    runner = SimpleNamespace(progress=progress, seconds_left=lambda: None)
+    screen = Screen(SimpleNamespace())
+
+    def names(table):
+        return list(table.columns[0].cells)
+
+    assert names(screen.table(runner, 40)) == ["66 runs", "run 60", "run 67", "run 68", "run 69", "5 runs"]
+    assert names(screen.table(runner, 80)) == names(screen.table(runner)) == [f"run {i}" for i in range(75)]

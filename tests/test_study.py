@@ -197,6 +197,24 @@ def test_every_study_of_the_repository_plans_what_it_should(name, monkeypatch, t
     assert f"\n{len(found) * seeds} runs, 0 of them finished; cost " in printed and "images not counted" in printed
 
 
+def test_a_plan_names_the_size_of_each_stage(monkeypatch, tmp_path, capsys):
+    """64, 74.7, 85.3 and 96 px are 64, 64, 64 and 96 in multiples of 32; one size throughout is named once."""
+    monkeypatch.chdir(ROOT)
+    options = [
+        "configs/studies/image_size_small.yaml",
+        "--plan",
+        "--results",
+        str(tmp_path),
+        "--",
+        "--data-path",
+        "nowhere",
+    ]
+    assert sweep.main(*sweep.read_options(options)) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^64 → 96 +5 +64-64-64-96 +12 ", printed, re.M)
+    assert re.search(r"^128 throughout +5 +128 +12 ", printed, re.M)
+
+
 def test_no_study_is_left_out_above():
     assert {file.stem for file in (ROOT / "configs" / "studies").glob("*.yaml")} == set(STUDIES)
 
