@@ -102,9 +102,9 @@ def test_every_figure_has_a_row_or_a_source():
 def test_a_typed_figure_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "It took 76 s, so\n12.5 %, `3 s`, <!-- value a | b | c -->4 s<!-- end -->.\n<!-- table x -->\n5 s\n<!-- end of table -->\n"
+        "It took 76 s, so\n12.5 %, `3 s`, 12.5 %, <!-- value a | b | c -->4 s<!-- end -->.\n<!-- table x -->\n5 s\n<!-- end of table -->\n"
     )
-    assert typed_figures(page) == {"76 s", "12.5 %"}
+    assert typed_figures(page) == {"76 s": 1, "12.5 %": 2}
 
 
 def test_messages_that_are_explained_are_messages_of_the_program():
