@@ -79,7 +79,7 @@ def drawing_from(*key: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-# Keys end in what they are for, so that no two uses share a stream:
+# Keys of generators end in what they are for, so that no two uses share a stream:
 # (seed, epoch, index, repeat, SAMPLE), (seed, epoch, step, rank, STEP or MIX), (seed, epoch, ORDER), (seed, index, HALF).
 SAMPLE, STEP, MIX, ORDER, HALF = range(1, 6)
 

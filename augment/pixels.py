@@ -20,9 +20,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a grey, palette, CMYK or RGBA image to RGB.
 
     Of 16 bits of grey the upper 8 are kept, where PIL would clip to white.
+
+    Raises:
+        ValueError: its pixels are numbers of no known range.
     """
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey = np.asarray(image)
+        if (image.format == "TIFF" and image.mode == "I") or grey.min() < 0 or grey.max() >= 2**16:
+            raise ValueError("its pixels are numbers of 32 bits; save them with 8 or 16")
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save them with 8 or 16 bits")
     if image.mode == "RGB":
         image.load()  # `convert` would copy
         return image

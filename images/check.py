@@ -7,7 +7,7 @@ Every image is decoded, on all cores, so it takes as long as one epoch of readin
 tiny and huge images, classes of a single image, classes that only one split has, and equal files: in training and
 validation, or in two classes. Links are followed.
 
-Exit status: 0 nothing was found; 1 something was; 2 wrong input.
+Exit status: 0 nothing was found; 1 something was; 2 wrong input; 3 the look was cut off, as by memory that ran out.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from images.listing import FileList, scan
 from images.verify import inspect
-from settings.errors import ConfigError, printable, tell
+from settings.errors import ConfigError, RunError, outside_training, printable, tell
 
 TINY = 32  # pixels; images of a shorter side hold little that a network could see
 HUGE = 50_000_000  # pixels; the largest cameras. PIL warns of 89 million and refuses 179
@@ -144,6 +144,9 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         tell(error)
         return 2
+    except RunError as error:  # a worker was killed, perhaps by an image that needs more memory than there is
+        tell(f"error: {outside_training(error)}")
+        return 3
     found = report(splits)
     for kind, lines in found.items():
         print(f"{kind}: {len(lines)}")

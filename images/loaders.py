@@ -110,11 +110,10 @@ class TrainLoader:
 
         def finish() -> tuple[Tensor, Tensor]:
             images, targets = self.source.finish(loaded)
-            images = images.to(memory_format=self.runtime.memory_format)
             if self.mix is not None:
                 with drawing_from(self.sampler.seed, epoch, step, self.runtime.rank, MIX):
                     images, targets = self.mix(images, targets)
-            return images, targets
+            return images.to(memory_format=self.runtime.memory_format), targets  # on a GPU a mix makes them contiguous
 
         return self.runtime.aside(finish)
 

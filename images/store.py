@@ -192,7 +192,7 @@ def hold(file: IO[bytes] | io.FileIO) -> None:
     """Have other programs see that a store is used, until the file is closed; where files cannot be locked, do nothing."""
     if fcntl is not None:
         with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH)  # waits for one that looks whether it is held, and lets go at once
 
 
 def held(path: str) -> bool | None:

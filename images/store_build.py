@@ -64,8 +64,8 @@ def with_half(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return block
 
 
-class NoRoom(ConfigError):
-    """The disk is full, or too full to begin."""
+class CannotStore(ConfigError):
+    """A store cannot be written: the disk is full, or too full to begin, or does not take it."""
 
 
 def store_key(images: EncodedImages, side: int, half: bool = False) -> str:
@@ -130,7 +130,7 @@ class Decoding(Dataset):
                 file.seek(HEADER + offset)
                 write_all(file, block.data.cast("B"))
         except OSError as error:
-            raise full_or_same(error, self.path) from error
+            raise cannot_store(error, self.path) from error
         return index, offset, *pixels.shape[:2], checksum(block, index)
 
 
@@ -140,11 +140,11 @@ def write_all(file: Any, content: memoryview) -> None:
         content = content[file.write(content) :]  # the system may take a part
 
 
-def full_or_same(error: OSError, path: str) -> Exception:
-    """Convert an error in writing to NoRoom if the disk is full, else to a ConfigError with its reason."""
+def cannot_store(error: OSError, path: str) -> CannotStore:
+    """Convert an error in writing, with its reason."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoRoom(f"decode_cache: no space is left in {os.path.dirname(path)}; give another folder, or off")
-    return ConfigError(f"decode_cache: cannot write {path}: {error.strerror}; give another folder, or off")
+        return CannotStore(f"decode_cache: no space is left in {os.path.dirname(path)}; give another folder, or off")
+    return CannotStore(f"decode_cache: cannot write {path}: {error.strerror}; give another folder, or off")
 
 
 def build(path: str, images: EncodedImages, side: int, key: str, half: bool = False) -> None:
@@ -153,7 +153,7 @@ def build(path: str, images: EncodedImages, side: int, key: str, half: bool = Fa
     The file appears whole or not at all. If the machine fails before the disk has all of it, its checksums show that.
 
     Raises:
-        ConfigError: an image is damaged; NoRoom: the disk is full. Nothing is left behind.
+        ConfigError: an image is damaged; CannotStore: the disk is full, or fails. Nothing is left behind.
     """
     temporary = f"{path}.{uuid.uuid4().hex[:8]}"
     index = np.zeros(len(images), INDEX)
@@ -179,7 +179,7 @@ def build(path: str, images: EncodedImages, side: int, key: str, half: bool = Fa
             file.write(json.dumps(header | {"header": header_checksum(header)}).ljust(HEADER).encode())
         os.replace(temporary, path)
     except OSError as error:
-        raise full_or_same(error, path) from error
+        raise cannot_store(error, path) from error
     finally:
         with suppress(OSError):
             os.remove(temporary)

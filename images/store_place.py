@@ -17,7 +17,7 @@ import torch
 from images.datasets import Data
 from images.encoded import EncodedImages
 from images.store import HEADER, StoredImages, held, open_store
-from images.store_build import NoRoom, build, decode, estimate, origin, store_key, store_name
+from images.store_build import CannotStore, build, decode, estimate, origin, store_key, store_name
 from images.workers import processes_for
 from settings.errors import ConfigError, first_line, printable
 from settings.table import Config
@@ -128,13 +128,34 @@ def free_disk(folder: str) -> int:
 def available_memory() -> int:
     """Find the bytes of memory that processes may still take, what the file cache can give up included.
 
-    That is what the machine has available, or the limit of the container if that is less.
+    That is what the machine has available, or what the container, or a scheduler's job, may still take if that is less.
     """
-    found = [psutil.virtual_memory().available]
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError), open(limit, encoding="ascii") as file:  # "max": none
-            found.append(int(file.read()))
-    return min(found)
+    return min([psutil.virtual_memory().available, *room_in_groups("/proc/self/cgroup", "/sys/fs/cgroup")])
+
+
+def room_in_groups(own: str, root: str) -> Iterator[int]:
+    """Find the bytes that each control group which holds this process, and has a limit, lets it take.
+
+    own: file that names its groups: a line of number, controllers and path each
+    root: folder that groups of version 2 are mounted on, and those of version 1 below their controller's name
+    """
+    with suppress(OSError), open(own, encoding="utf-8") as file:
+        for _, controllers, path in (line.rstrip("\n").split(":", 2) for line in file):
+            if controllers not in ("", "memory"):
+                continue
+            names = ("memory.max", "memory.current", "file") if not controllers else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")  # fmt: skip
+            parts = path.strip("/").split("/")
+            for depth in range(len(parts) + 1):  # a container may see its own group as the root, under its outer path
+                place = os.path.join(root, controllers, *parts[:depth])
+                with suppress(OSError, ValueError, KeyError):  # "max": no limit
+                    limit, used = (int(read(os.path.join(place, name))) for name in names[:2])
+                    counts = dict(line.split() for line in read(os.path.join(place, "memory.stat")).splitlines())
+                    yield limit - max(0, used - int(counts[names[2]]))
+
+
+def read(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read()
 
 
 def writable(folder: str) -> bool:
@@ -210,7 +231,7 @@ def make_room(config: Config, sets: Sequence[EncodedImages], folders: Sequence[s
         )
     try:
         if bytes_needed > free:
-            raise NoRoom(
+            raise CannotStore(
                 f"decode_cache: {place} has {human(free)} free, the images need about {human(bytes_needed)}; give "
                 "another folder, or off"
             )
@@ -220,7 +241,7 @@ def make_room(config: Config, sets: Sequence[EncodedImages], folders: Sequence[s
                 if not whole(path, sets[i], keys[i], tell=False):  # unless another run was faster
                     build(path, sets[i], side, keys[i], halves[i])
                     remove_outdated(path, sets[i])
-    except NoRoom as error:
+    except CannotStore as error:
         discard_empty(place)
         if config.decode_cache == "auto":
             return str(error)

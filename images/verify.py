@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import PIL
 import xxhash
 from numpy.typing import NDArray
 from PIL import Image
@@ -127,7 +128,8 @@ class Inspecting(Dataset):
             if self.digests and isinstance(self.files, FileList):
                 digest = xxhash.xxh3_64_intdigest(np.fromfile(self.files[index][0], np.uint8).data)
         except Exception as error:  # what PIL raises on a damaged file varies with the damage
-            return Finding(index, reason_of(error), lasting=not isinstance(error, OSError) or error.errno is None)
+            lasting = error.errno is None if isinstance(error, OSError) else not isinstance(error, MemoryError)
+            return Finding(index, reason_of(error), lasting=lasting)
         return Finding(index, None, width, height, digest)
 
     def open(self, index: int) -> AbstractContextManager[Image.Image]:
@@ -153,7 +155,7 @@ def find_bad(files: FileList | Rows, title: str) -> list[tuple[int, str]]:
     What was found is kept, so that the next start looks only at files that have changed: not at one, or at all. It is
     not kept where the fault was the system's.
     """
-    path = kept_path(f"{files.fingerprint()}.json")
+    path = kept_path(f"{files.fingerprint()}-{PIL.__version__}.json")  # another one may know more formats
     with suppress(OSError, ValueError, TypeError), open(path, encoding="utf-8") as file:
         return [(int(index), str(fault)) for index, fault in json.load(file)]
     with closing(inspect(files, title)) as findings:

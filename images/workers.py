@@ -89,9 +89,9 @@ class Loader(DataLoader):
         watch = Watch(getattr(iterator, "_workers", ()))
         try:
             while True:
-                watch.since = time.monotonic()
+                watch.begin()
                 batch = self.patiently(lambda: next(iterator, None), watch)  # None after the last
-                watch.since = None
+                watch.asking = False
                 if batch is None:
                     return
                 yield batch
@@ -101,7 +101,7 @@ class Loader(DataLoader):
     def anew(self, iterator: Any) -> Any:
         """Have workers that are there already begin another pass; torch waits until each of them has answered."""
         watch, ask = Watch(iterator._workers), iterator._get_data
-        watch.since = time.monotonic()
+        watch.begin()
         iterator._get_data = lambda: self.patiently(ask, watch)
         try:
             return super().__iter__()
@@ -120,7 +120,7 @@ class Loader(DataLoader):
                 return ask()
             except (RuntimeError, OSError, EOFError) as error:  # the last two of a batch whose worker is gone
                 late = str(error).startswith("DataLoader timed out")
-                if not late or time.monotonic() - watch.since >= PATIENCE:
+                if not late or watch.waited >= PATIENCE:
                     reason = why_none(error, watch, self.dataset) or error
                     if late:
                         end_at_once(watch.workers)
@@ -130,7 +130,9 @@ class Loader(DataLoader):
 class Watch(threading.Thread):
     """A thread that ends workers which were halted, after a while: the loader would wait for their answer for ever.
 
-    since: when the loader began to wait, None where it does not
+    asking: the loader waits
+    waited: for so many seconds. They are counted here, not taken from a clock: a run that was suspended whole (Ctrl-Z, a
+        scheduler) and goes on has not waited meanwhile.
     halted: process numbers of workers that it has ended
     """
 
@@ -138,13 +140,18 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.workers = workers
         self.halted: list[int] = []
-        self.since: Any = None
+        self.asking, self.waited = False, 0.0
         self.over = threading.Event()
         self.start()
 
+    def begin(self) -> None:
+        """Count from now on."""
+        self.asking, self.waited = True, 0.0
+
     def run(self) -> None:
         while not self.over.wait(LOOK_EVERY):
-            if self.since is not None and time.monotonic() - self.since >= PATIENCE:
+            self.waited += LOOK_EVERY
+            if self.asking and self.waited >= PATIENCE:
                 for worker in self.workers:
                     if worker.pid not in self.halted and is_stopped(worker.pid):
                         self.halted.append(worker.pid)

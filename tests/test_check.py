@@ -9,6 +9,7 @@ from PIL import Image
 from runs import make_tree
 
 from images import check
+from settings.errors import RunError
 
 
 @pytest.fixture
@@ -74,3 +75,13 @@ def test_what_is_no_data_set_is_one_line(tmp_path, capsys, make):
     assert check.main([str(tmp_path / "data")]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1
+
+
+def test_a_look_that_was_cut_off_is_no_finding(clean, monkeypatch, capsys):
+    def killed(*args, **kwargs):
+        raise RunError("worker 7 was killed; where no one did that, memory has run out: lower --workers")
+        yield
+
+    monkeypatch.setattr(check, "inspect", killed)
+    assert check.main([str(clean)]) == 3
+    assert capsys.readouterr().err.startswith("error: worker 7 was killed")

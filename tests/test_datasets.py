@@ -66,6 +66,32 @@ MODES = [
 ]
 
 
+def test_an_image_that_found_no_memory_once_is_looked_at_again(tmp_path, monkeypatch):
+    images = folder_with(tmp_path, Image.new("RGB", (4, 4)))
+    with monkeypatch.context() as patch:
+
+        def full(image):
+            raise MemoryError
+
+        patch.setattr(verify, "to_rgb", full)
+        assert verify.find_bad(images.samples, "looking") == [(0, "MemoryError")]
+    assert verify.find_bad(images.samples, "looking") == []
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (np.full((4, 4), 200, np.int32), "its pixels are numbers of 32 bits; save them with 8 or 16"),
+        (np.full((4, 4), 65536, np.int32), "its pixels are numbers of 32 bits; save them with 8 or 16"),
+        (np.full((4, 4), 0.8, np.float32), "its pixels are floating-point numbers; save them with 8 or 16 bits"),
+    ],
+)
+def test_numbers_of_no_known_range_are_no_image(tmp_path, pixels, words):
+    images = folder_with(tmp_path, Image.fromarray(pixels), "x.tiff")
+    with pytest.raises(ConfigError, match=rf"x\.tiff cannot be read as an image: {words}; mend or remove it"):
+        images[0]
+
+
 @pytest.mark.parametrize(("image", "ending", "colour"), [row[1:] for row in MODES], ids=[row[0] for row in MODES])
 def test_every_mode_becomes_rgb(tmp_path, image, ending, colour):
     picture, target = folder_with(tmp_path, image, f"x.{ending}")[0]

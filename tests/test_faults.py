@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 import images.workers
 import reporting.log
 import train
-from images.workers import closing_loader, make_loader, signals_held
+from images.workers import Watch, closing_loader, make_loader, signals_held
 from learning.checkpoint import sync_folder, write_safely
 from learning.learner import Learner
 from learning.state import RunState
@@ -468,6 +468,19 @@ def test_a_worker_that_hangs_is_ended_with_the_run(monkeypatch):
     ):
         list(loader)
     assert multiprocessing.active_children() == []
+
+
+def test_seconds_in_which_the_run_itself_was_suspended_are_no_waiting(monkeypatch):
+    """Ctrl-Z and `fg`: the clock has gone on, nothing else has. Six of its seconds are three looks here."""
+    watch = Watch([])
+    watch.over.set()
+    watch.join()
+    ticks = iter([False, False, False, True])
+    monkeypatch.setattr(watch.over, "wait", lambda seconds: next(ticks))
+    monkeypatch.setattr(images.workers, "LOOK_EVERY", 0.5)
+    watch.begin()
+    watch.run()
+    assert watch.waited == 1.5
 
 
 def test_a_signal_after_the_end_changes_no_status(tree, tmp_path, monkeypatch):

@@ -140,6 +140,8 @@ def test_images_take_the_memory_format_of_the_run():
     runtime = Runtime(device=torch.device("cpu"), memory_format=torch.channels_last)
     one = loader_of(Colours(), train_preset(image_size=8), DrawSampler(12, 4, 0), runtime)
     assert next(one.epoch(0))[1].is_contiguous(memory_format=torch.channels_last)
+    one.mix = lambda images, targets: (images.contiguous(), targets)  # as `roll`, with which a mix begins, on a GPU
+    assert next(one.epoch(1))[1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_grid_of_samples_is_a_picture_of_what_the_epoch_will_see():

@@ -18,7 +18,7 @@ from images import store, store_build, store_place
 from images.datasets import Data, Digits, ImageTree, load_data
 from images.store import StoredImages, checksum
 from images.store_build import stored_size
-from images.store_place import available_memory, store_side, with_store
+from images.store_place import available_memory, room_in_groups, store_side, with_store
 from settings.errors import ConfigError, RunError
 from settings.resolve import resolve
 from train import run
@@ -185,6 +185,18 @@ def test_moved_data_keep_their_store(tree, tmp_path, monkeypatch):
     assert len(stored(tmp_path / "moved").train) == 24
 
 
+def test_two_sets_that_differ_in_pixels_alone_have_two_stores(tmp_path):
+    """Of one size, as BMPs are, and of one time, as files of a container's layer are."""
+    for name, grey in (("one", 10), ("other", 200)):
+        for path in [tmp_path / name / split / label / f"{i}.bmp" for split in ("train", "val") for label in "ab" for i in range(2)]:  # fmt: skip
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 32), (grey, grey, grey)).save(path)
+            os.utime(path, (0, 0))
+    cache = tmp_path / "cache"
+    one, other = (stored(tmp_path / name, "--decode-cache", cache).train for name in ("one", "other"))
+    assert (int(one.pixels(0).max()), int(other.pixels(0).min())) == (10, 200)
+
+
 # ---- damage ----
 
 
@@ -338,6 +350,19 @@ def test_auto_goes_on_without_a_store_when_the_disk_fills_up(tree, full_disk, ca
     assert capsys.readouterr().out.startswith("decode_cache off: ") and not (tree / ".decode_cache").exists()
 
 
+def test_a_disk_that_takes_no_such_file_counts_as_full(tree, tmp_path, monkeypatch, capsys):
+    def refused(file, content):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(store_build, "write_all", refused)
+    with pytest.raises(
+        ConfigError, match=r"decode_cache: cannot write .*: File too large; give another folder, or off"
+    ):
+        stored(tree, "--decode-cache", tmp_path / "cache")
+    assert stored(tree).store_side is None
+    assert capsys.readouterr().out.startswith("decode_cache off: decode_cache: cannot write ")
+
+
 def test_too_little_room_is_seen_before_decoding(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(store_place, "free_disk", lambda folder: 50_000)  # 24 images of 3,840 bytes and more
     monkeypatch.setattr(store_build, "decode", lambda *args: pytest.fail("decoded"))
@@ -378,6 +403,28 @@ def test_off_and_digits_are_left_as_they_are(tree):
 
 def test_memory_that_is_available_is_a_plausible_number():
     assert 2**20 < available_memory() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "room"),
+    [  # a job of 4,000 bytes has used 1,500, of which the file cache can give up 500; the slice around it has less left
+        ("0::/slice/job\n", {"": ("max", 0, 0), "slice": ("9000", 8500, 300), "slice/job": ("4000", 1500, 500)}, [800, 3000]),
+        ("5:cpu:/x\n4:memory:/job\n", {"memory": ("7000", 100, 100), "memory/job": ("4000", 1500, 500)}, [7000, 3000]),
+        ("0::/outside/of/here\n", {"": ("4000", 1500, 500)}, [3000]),  # as a container sees itself
+        ("0::/\n", {}, []),
+    ],
+)  # fmt: skip
+def test_groups_of_every_depth_bound_the_memory(tmp_path, own, groups, room):
+    (tmp_path / "own").write_text(own)
+    old = "memory:" in own
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
+    for place, (limit, used, cached) in groups.items():
+        folder = tmp_path / "cgroup" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{'total_cache' if old else 'file'} {cached}\n")
+    assert list(room_in_groups(str(tmp_path / "own"), str(tmp_path / "cgroup"))) == room
 
 
 # ---- the folder ----
