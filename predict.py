@@ -41,7 +41,8 @@ def run(argv: Sequence[str]) -> int:
         tell(error)
         return 2
     except KeyboardInterrupt as error:
-        tell(f"stopped: {error}; the rows written so far are whole")
+        to_file = options is not None and options.output is not None
+        tell(f"stopped: {error}" + ("" if to_file else "; the rows written so far are whole"))
         return 3
     except BrokenPipeError:  # of `| head`, which has what it wanted
         return 3

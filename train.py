@@ -19,7 +19,6 @@ if __name__ == "__main__":
     early.answer(sys.argv[1:])  # help and mistakes, before torch is imported
 
 import json
-import os
 import shlex
 import time
 import traceback
@@ -54,7 +53,7 @@ from reporting.folder import RunFolder, check_folder
 from reporting.log import Dashboard, FolderLog, RunLog
 from reporting.progress import Progress
 from reporting.records import cpu_seconds
-from settings.errors import ConfigError, first_line, tell
+from settings.errors import ConfigError, first_line, process_rank, tell
 from settings.resolve import doubts
 from settings.table import Config
 from stages import Plan, StageScheduler, make_plan, plan_of, plan_stages
@@ -140,7 +139,7 @@ def main(config: Config, runtime: Runtime, dashboard: Dashboard, at_end: ExitSta
             log.begin_stage(stage)
             loader = scheduler.enter(stage)
             if stage.finetune and (state.epoch, state.step) == (stage.epochs.start, 0):
-                learner.unify(state.best_weights)  # what is fine-tuned is the better of the model and its average
+                learner.unify(state.better)  # what is fine-tuned is the better of the model and its average
             learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes, stage.finetune)
             for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):
                 progress = Progress(
@@ -296,9 +295,9 @@ def test(config: Config, data: Data, learner: Learner) -> int:
     return 0
 
 
-def show_plan(plan: Plan, form: str) -> None:
+def show_plan(plan: Plan, form: str, rank: int) -> None:
     """Print the plan as a table or as JSON, on rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank == 0:
         print(json.dumps(plan.as_dict(), indent=2) if form == "json" else plan)
 
 
@@ -316,7 +315,7 @@ def run(argv: Sequence[str]) -> int:
         with interruptible():
             config = find_settings(argv, check_model)
             if config.plan is not None:
-                show_plan(make_plan(config), config.plan)
+                show_plan(make_plan(config), config.plan, process_rank(config.world_size))
                 return 0
             with find_dashboard(config) as dashboard, ExitStack() as at_end:
                 runtime = start_runtime(config)
@@ -352,7 +351,7 @@ def told(error: Exception, config: Config | None) -> str:
     if config is not None and config.debug:
         traceback.print_exc()
     elif line is None and config is not None:
-        path = RunFolder(config.output_dir).note_error(int(os.environ.get("RANK", "0")))
+        path = RunFolder(config.output_dir).note_error(process_rank(config.world_size))
         return f"{type(error).__name__}: {first_line(error)}; {f'its traceback is in {path}' if path else '--debug shows where'}"
     return line or f"{type(error).__name__}: {first_line(error)}"
 

@@ -295,6 +295,8 @@ def start_runtime(config: Config) -> Runtime:
             f"world_size {config.world_size}, but {world_size} process(es) were started; "
             f"start them with torchrun --nproc-per-node {config.world_size} train.py and leave world_size out"
         )
+    if world_size > 1 and ":" in config.device:
+        raise ConfigError(f"device {config.device} with {world_size} processes: each takes one of its own; give cuda")
     # srun may show each of its processes one GPU alone, as number 0.
     device = find_device(config.device, local_rank if "RANK" in env else local_rank % max(1, torch.cuda.device_count()))
     if device.type == "cuda":

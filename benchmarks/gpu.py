@@ -15,7 +15,7 @@ reference     training on images loaded the reference's way
 batch         the step at growing batch sizes, up to the first that does not fit
 progressive   stages against the last size throughout (progressive.py)
 race          trainings: candidates for the row of five epochs in Imagenette's leaderboard,
-leaderboard   its short rows by its rules,
+leaderboard   its short rows, by its rules where DATA is the 160 px set,
 staged        and stages against a fixed size, with as many epochs and with as much arithmetic
 
 A measurement begins only while the box of its part lasts, and is cut when twice the box or --minutes are over; a study

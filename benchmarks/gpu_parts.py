@@ -14,6 +14,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -94,7 +95,11 @@ def tests(setup: Setup) -> Iterator[common.Measures]:
     Raises:
         RuntimeError: pytest ended before it could run them.
     """
+    if find_spec("pytest") is None:
+        raise RuntimeError("pytest is not installed; pip install pytest")
     report = os.path.join(setup.scratch, "tests.xml")
+    with suppress(FileNotFoundError):
+        os.remove(report)  # an earlier one's counts would stand for those of one that does not start
     # These files alone: others import what is for development, and are of no use here.
     files = [str(path) for path in sorted(common.ROOT.glob("tests/test_*.py")) if "@pytest.mark.gpu" in path.read_text("utf-8")]  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "--continue-on-collection-errors"]  # fmt: skip
@@ -288,8 +293,10 @@ def profiled(setup: Setup, eager: bool) -> Iterator[common.Measures]:
         yield {"way": f"{way}, kernels", "rank": rank, **row}
 
 
-def idle_share(spans: Sequence[tuple[float, float]]) -> float:
-    """Compute the share of the time from the first start to the last end in which no span runs."""
+def idle_share(spans: Sequence[tuple[float, float]]) -> float | None:
+    """Compute the share of the time from the first start to the last end in which no span runs; None without spans."""
+    if not spans:
+        return None
     ordered = sorted(spans)
     busy, reached = 0.0, ordered[0][0]
     for start, end in ordered:

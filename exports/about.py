@@ -22,7 +22,7 @@ def describe_file(trained: Trained, how: Mapping[str, Any], data_license: str, i
     images: of validation, that the file will be run over; None: it will not be run
     """
     config, summary = trained.config, trained.folder.summary() or {}
-    checked = f"top-1 the same as the run's model for each of {images} validation images, logits within {TOLERANCE:g}"
+    checked = f"top-1 the same as the run's model for each of {images} validation images, logits within {TOLERANCE:g}, or that part of the largest"
     place = (
         os.path.basename(os.path.abspath(config.data_path))
         if config.dataset in ("imagefolder", "hub")

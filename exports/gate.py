@@ -21,7 +21,7 @@ from images.workers import closing_loader, make_loader
 from inference.trained import Trained
 from settings.errors import RunError
 
-TOLERANCE = 1e-3  # of a logit
+TOLERANCE = 1e-3  # of a logit; of the largest of an image, where that is above 1
 BATCH, WHOLE = (
     32,
     4,
@@ -109,13 +109,14 @@ def compare(
             answers, answers_of_run = given.argmax(axis=1), expected.argmax(axis=1)
             differences = np.abs(given - expected).max(axis=1)
             agree = answers == answers_of_run
-            if strict and not (fine := agree & (differences <= TOLERANCE)).all():  # NaN is not fine
+            accepted = accepted_difference(expected)
+            if strict and not (fine := agree & (differences <= accepted)).all():  # NaN is not fine
                 first = int(fine.argmin())
                 classes = [trained.classes[row[first]] for row in (answers, answers_of_run)]
                 raise RunError(
                     f"{name} is refused, nothing was written: for {name_of(images, seen + first)} it answers "
                     f"{classes[0]}, the run's model {classes[1]}; their logits differ by up to {differences[first]:.2g}, "
-                    f"at most {TOLERANCE:g} is accepted"
+                    f"at most {accepted[first]:.2g} is accepted"
                 )
             same += int(agree.sum())
             right += int((answers == targets).sum())
@@ -128,10 +129,15 @@ def compare(
     return Comparison(seen, 100 * right / seen, 100 * right_of_run / seen, same, largest)
 
 
+def accepted_difference(logits: NDArray) -> NDArray:
+    """Compute how far logits may lie from those (N, K) of the run's model, for each image (N,): float32 rounds to a part."""
+    return TOLERANCE * np.maximum(1, np.abs(logits).max(axis=1))
+
+
 def check_pair(artifact: Artifact, array: NDArray, alone: NDArray, name: str) -> None:
     """Raise RunError unless a file answers to an image twice in a batch as it does to it alone."""
     difference = np.abs(artifact(np.stack([array, array])) - alone).max()
-    if not difference <= TOLERANCE:
+    if not difference <= accepted_difference(alone)[0]:
         raise RunError(
             f"{name} is refused, nothing was written: in a batch of two its logits differ by {difference:.2g} from those of one"
         )

@@ -96,6 +96,8 @@ class Output:
 def opened(path: str | None, overwrite: bool = False) -> Iterator[Output]:
     """Open standard output; or a file, which appears when the block has ended, and never if an error ends it.
 
+    Ctrl-C leaves what was written beside it.
+
     What is written lies beside it until then, by a name of its own: another run may be writing the same file.
 
     overwrite: replace a file that has come meanwhile; else it stays, and what was written stays beside it
@@ -116,6 +118,12 @@ def opened(path: str | None, overwrite: bool = False) -> Iterator[Output]:
             with naming_fault(path):
                 file.flush()
                 os.fsync(file.fileno())
+    except KeyboardInterrupt as error:  # hours of rows may lie there
+        with suppress(OSError):
+            if os.path.getsize(beside):
+                raise KeyboardInterrupt(f"{error}; the rows written so far lie in {beside}") from error
+            os.remove(beside)
+        raise
     except BaseException:
         with suppress(OSError):
             os.remove(beside)

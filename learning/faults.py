@@ -3,12 +3,9 @@
 import torch.distributed as dist
 
 import utils
-from learning.rehearse import is_out_of_memory
+from learning.rehearse import is_of_processes, is_out_of_memory
 from learning.scores import NonFiniteLoss
 from settings.errors import RunError, first_line
-
-# Words of gloo's and NCCL's errors, which are plain RuntimeErrors or of types that differ from version to version.
-OF_PROCESSES = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport", "NCCL")
 
 
 def one_line(error: Exception) -> str | None:
@@ -22,11 +19,24 @@ def one_line(error: Exception) -> str | None:
             f"out of memory in training ({first_line(error)}); end what else uses it, or start anew with a lower "
             "batch_size; --resume auto continues from the last checkpoint"
         )
-    if isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in OF_PROCESSES)
-    ):
+    if isinstance(error, dist.DistNetworkError) and not dist.is_initialized():
+        return (
+            f"the processes of this run do not find each other ({first_line(error)}); see to the address they are given"
+        )
+    if "NCCL" in str(error) and is_of_processes(error):  # of a process that has ended, or of the machine
+        return (
+            f"the processes of this run cannot work together ({nccl_reason(error)}): look at what each of them says; "
+            "--resume auto continues from the last checkpoint"
+        )
+    if is_of_processes(error):
         return (
             f"another process of this run has ended, or did not answer for {utils.RANK_SECONDS:.0f} s: look at what it says; "
             "--resume auto continues from the last checkpoint"
         )
     return None
+
+
+def nccl_reason(error: Exception) -> str:
+    """Find what NCCL names as its reason: the line after "Last error:", or the first that there is."""
+    _, _, last = str(error).partition("Last error:\n")
+    return last.strip().split("\n")[0] or first_line(error)

@@ -189,11 +189,16 @@ class Few(Stop):
             self.note()
         return self.count >= self.marks[-1]
 
-    def per_step(self) -> float:
-        """Compute the seconds of a step: the median of the blocks between marks."""
+    def per_step(self, in_bursts: bool) -> float:
+        """Compute the seconds of a step: the median of the blocks between marks.
+
+        in_bursts: workers bring the images. They begin together, so that batches may come as many at once, with a wait
+            after them, which the mean alone has in it.
+        """
         steps = [stop - start for start, stop in pairwise(self.marks)]
         taken = [stop - start for start, stop in pairwise(self.times)]
-        return statistics.median(time / count for time, count in zip(taken, steps))
+        median = statistics.median(time / count for time, count in zip(taken, steps))
+        return max(median, sum(taken) / sum(steps)) if in_bursts else median
 
 
 def marks_of(count: int, skipped: int) -> list[int]:
@@ -254,7 +259,9 @@ class Measuring:
         entry = max(0.0, first.times[0] - started - step)
         rest = len(loader) - 2
         if rest > 0:
-            step = steps(marks_of(self.affordable(step, rest), 2 * self.config.workers)).per_step()
+            step = steps(marks_of(self.affordable(step, rest), 2 * self.config.workers)).per_step(
+                self.config.workers > 0
+            )
         return step * len(loader), entry
 
     def evaluation(self) -> float:
@@ -272,7 +279,7 @@ class Measuring:
                 if few.count < marks[-1]:
                     return whole
                 if marks[-1] > 3:
-                    return few.per_step() * len(loader)
+                    return few.per_step(self.config.workers > 0) * len(loader)
                 count = self.affordable(few.times[2] - few.times[1], len(loader) + 1)
                 marks = [mark + 1 for mark in marks_of(max(3, count), 2 * self.config.workers)]
 

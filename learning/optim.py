@@ -68,7 +68,21 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=lr, fused=fused)
     if config.opt == "rmsprop":  # eps and alpha of the reference; decay 0.9 is also the paper's; no fused form
         return torch.optim.RMSprop(groups, lr=lr, momentum=momentum, eps=0.0316, alpha=0.9)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=config.opt == "sgd_nesterov", fused=fused)
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=config.opt == "sgd_nesterov", fused=fused)
+    return with_momentum(sgd) if fused else sgd
+
+
+def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """Begin the momentum at zeros, which a first step makes of the gradients themselves.
+
+    torch begins it at memory that its fused kernel is to fill, and the kernel skips a step in which float16 overflows, as
+    a first one often does: what happened to lie there would be the momentum.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class LearningRate:

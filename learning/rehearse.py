@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from images.order import DrawSampler
 from learning.learner import Learner
@@ -43,6 +44,8 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int, test_
             try:
                 learner.step_on_noise(stage.image_size, max(sizes), learner.eager)
             except (RuntimeError, AssertionError, ValueError) as error:
+                if is_of_processes(error):  # another one has failed, perhaps in its own rehearsal
+                    raise
                 reason = first_line(error)
                 if is_out_of_memory(error):
                     raise ConfigError(
@@ -88,6 +91,20 @@ def rehearse_evaluation(learner: Learner, image_size: int, batch_size: int) -> i
     return taken
 
 
+NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Check whether an error says that a GPU or the CPU has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
+# Words of gloo's and NCCL's errors, which are plain RuntimeErrors or of types that differ from version to version.
+OF_PROCESSES = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport", "NCCL")
+
+
+def is_of_processes(error: Exception) -> bool:
+    """Check whether an error is of the talk between processes."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OF_PROCESSES)
+    )

@@ -143,7 +143,8 @@ def check_same(config: Config, runtime: Runtime, checkpoint: Checkpoint, num_epo
     for name in ("model", "opt"):
         if now[name] != then[name] and not (config.test_only and name == "opt"):
             raise ConfigError(
-                f"resume: the checkpoint has {name} {then[name]}, not {now[name]}; to start from its weights use --weights"
+                f"resume: the checkpoint has {name} {then[name]}, not {now[name]}; give --{name} {then[name]} or the run's "
+                "--config; to start another run from its weights use --weights"
             )
     if config.test_only:
         return

@@ -18,6 +18,7 @@ class RunState:
     train_seconds, wait_seconds, cpu_seconds: of that part; the last of this process and its workers
     seconds: that the run has taken until the last checkpoint, all of its parts from the start of their processes
     best_top1, best_epoch, best_weights: percent, epoch and copy ("model" or "ema") of the best evaluation
+    better: copy that the latest evaluation found the better one
     """
 
     epoch: int = 0
@@ -32,10 +33,12 @@ class RunState:
     best_top1: float = -1.0
     best_epoch: int = -1
     best_weights: str = "model"
+    better: str = "model"
 
     def note_best(self, scores: "Mapping[str, Score]") -> bool:
         """Note the best of the copies just evaluated; return whether it is better than all before."""
         before = self.best_top1
+        self.better = max(scores, key=lambda name: scores[name].top1, default=self.better)  # of equals the model
         for name, score in scores.items():
             if score.top1 > self.best_top1:
                 self.best_top1, self.best_epoch, self.best_weights = score.top1, self.epoch, name

@@ -88,10 +88,15 @@ class Stop:
     def watch(self) -> None:
         """End the program a while after a signal, where the main thread does not hear of it."""
         with self.heard:
+            interrupts = 0
             while number := self.heard.recv(1):
-                if number[0] not in self.previous or self.patient:
+                interrupts += number[0] == signal.SIGINT
+                again = (
+                    number[0] == signal.SIGINT and interrupts > 1
+                )  # a process that waits for others hears of neither
+                if number[0] not in self.previous or (self.patient and not again):
                     continue
-                if not self.ended.wait(self.GRACE) and not self.patient:
+                if not self.ended.wait(self.GRACE) and (again or not self.patient):
                     self.say_so(f"ended: {signal.Signals(number[0]).name}, in the midst of what takes long")
                     os._exit(3 if self.resumable else 1)
 

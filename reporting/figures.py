@@ -1,6 +1,7 @@
 """The figures of a run's report, as SVG."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,9 @@ Panel = tuple[str, Mapping[str, tuple[str, str]]]
 def as_svg(figure: plt.Figure) -> str:
     """Write a figure as an <svg> element, and close the figure."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's own fonts have them: text stays text
+        figure.savefig(text, format="svg", metadata={"Date": None})
     plt.close(figure)
     svg = text.getvalue()
     return svg[svg.index("<svg") :]

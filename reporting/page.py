@@ -140,14 +140,21 @@ def confusions(folder: RunFolder) -> dict[str, Any]:
 
 
 def class_table(summary: Mapping[str, Any]) -> Table | None:
-    """Tabulate precision, recall and F1 of each class, the worst first; None for a run of an older version."""
-    rows = sorted(summary.get("per_class") or (), key=lambda row: (row["f1"], -row["support"]))
+    """Tabulate precision, recall and F1 of each class, the worst first; None for a run of an older version.
+
+    Classes without images come last: nothing is known of them.
+    """
+    rows = sorted(summary.get("per_class") or (), key=lambda row: (not row["support"], row["f1"], -row["support"]))
     if not rows:
         return None
     weighted = "weight" in rows[0]
     heads = ["class", "precision %", "recall %", "F1 %", "images", *(["weight in the loss"] if weighted else [])]
     return heads, [
-        [row["class"], *(f"{row[name]:.2f}" for name in ("precision", "recall", "f1")), row["support"]]
+        [
+            row["class"],
+            *(f"{row[name]:.2f}" if row["support"] else "" for name in ("precision", "recall", "f1")),
+            row["support"],
+        ]
         + ([f"{row['weight']:.3g}"] if weighted else [])
         for row in rows
     ]

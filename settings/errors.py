@@ -91,8 +91,14 @@ def first_line(error: Exception) -> str:
     return (own_line(type(error), str(error)).strip() or type(error).__name__).splitlines()[0]
 
 
+def process_rank(world_size: int = 1) -> int:
+    """Find which of a run's processes this one is, by what launched it: torchrun, or, with that `world_size`, srun."""
+    rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if world_size > 1 else None) or "0"
+    return int(rank) if rank.isdigit() else 0
+
+
 def tell(error: Exception | str) -> None:
     """Print an error, or a line that says what happened, on stderr; of several processes, also say which it was."""
-    rank = os.environ.get("RANK", "0")
+    rank = process_rank()
     line = printable(error if isinstance(error, str) else f"error: {error}")
-    print(f"{'' if rank == '0' else f'[rank {rank}] '}{line}", file=sys.stderr)
+    print(f"{f'[rank {rank}] ' if rank else ''}{line}", file=sys.stderr)

@@ -43,6 +43,7 @@ def resolve(
     values = dict(DEFAULTS)
     if path is None and command_line.get("resume") == "auto" and os.path.isfile(own):
         path = own  # a run is continued with the settings it has, no need to repeat them
+        command_line.setdefault("output_dir", DEFAULTS["output_dir"])  # where it lies now: it may have been moved
         values = dict(BEFORE)
     given_here = (read_yaml(path) if path is not None else {}, command_line) if base is None else ()
     sources = [*given_here, convert_all(base or {}, "")]

@@ -61,11 +61,12 @@ def every(period: str) -> tuple[int | None, float | None]:
     epochs = re.fullmatch(r"([1-9]\d{0,8})e?", period.strip(), re.ASCII)
     if epochs:
         return int(epochs[1]), None
-    if not re.fullmatch(r"\d{1,9}(\.\d+)?[smh]", period.strip(), re.ASCII) or float(period.strip()[:-1]) == 0:
-        raise ConfigError(
-            f"checkpoint_every must be epochs such as 5e, or a time such as 90s, 25m or 1.5h, got {brief(period)}"
-        )
-    return None, seconds(period)
+    with suppress(ConfigError):
+        if period.strip()[-1:] in ("s", "m", "h"):
+            return None, seconds(period)
+    raise ConfigError(
+        f"checkpoint_every must be epochs such as 5e, or a time such as 90s, 25m or 1.5h, got {brief(period)}"
+    )
 
 
 def convert(name: str, value: Any, where: str = "") -> Any:
@@ -77,7 +78,8 @@ def convert(name: str, value: Any, where: str = "") -> Any:
         ConfigError: it has another type, or is not one of the accepted values.
     """
     row = SETTINGS[name]
-    if value is None or (row["optional"] and value in ("none", ["none"])):  # a flag with several values gives a list
+    word = value[0] if isinstance(value, list) and len(value) == 1 else value  # a flag with several values gives a list
+    if value is None or (row["optional"] and isinstance(word, str) and word.lower() == "none"):
         if not row["optional"]:
             raise ConfigError(f"{where}{name} must be {describe(row)}, got nothing")
         return None
@@ -121,7 +123,7 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
             return value
         if value.lower() not in row["choices"]:
             near = nearest(value.lower(), row["choices"])
-            hint = f"; did you mean {near}?" if near else ""
+            hint = f"; did you mean {near}?" if near else "; none unsets it" if row["optional"] else ""
             raise ConfigError(f"{where}{name} must be one of {', '.join(row['choices'])}, got {value!r}{hint}")
         return value.lower()
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as text, a trap worth its own words
@@ -131,6 +133,8 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
             raise ConfigError(
                 f"{where}{name} must be {describe(row)}, got {value!r} (YAML reads that as text; write {proper})"
             )
+        if re.fullmatch(NUMBER, value):
+            raise ConfigError(f"{wrong}; write it without quotes")
         raise wrong
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong

@@ -123,6 +123,9 @@ def test_help_and_mistakes_are_told_without_torch(argv):
 WRONG_YAML = [
     ("dropuot: 0.1", "unknown setting dropuot; did you mean dropout?"),
     ("lr: fast", "lr must be a number, got 'fast'"),
+    ("lr: '0.1'", "lr must be a number, got '0.1'; write it without quotes"),
+    ("auto_augment: rand", "auto_augment must be one of ra"),
+    ("<<: {lr: 0.2}\nlr: 0.1\nepochs: 2.5", "epochs must be a whole number, got 2.5"),
     ("weight_decay: 1e-5", "weight_decay must be a number, got '1e-5' (YAML reads that as text; write 1.0e-5)"),
     ("epochs: 2.5", "epochs must be a whole number, got 2.5"),
     ("amp: 1", "amp must be true or false, got 1"),
@@ -323,7 +326,9 @@ def test_help_names_every_setting_once():
     done = honest_program("--help")
     assert done.returncode == 0
     for name in SETTINGS:
-        assert f"--{name.replace('_', '-')}" in done.stdout
+        assert (
+            len(re.findall(rf"^ +(?:-\w(?: [A-Z ]+)?, )?--{name.replace('_', '-')}(?![\w-])", done.stdout, re.M)) == 1
+        ), name
     assert "SUPPRESS" not in done.stdout
 
 

@@ -59,6 +59,15 @@ def test_a_setting_that_an_older_checkpoint_does_not_know_has_its_default(tmp_pa
         find(settings(tmp_path, "--resume", "auto", "--hflip-prob", "0.25"))
 
 
+def test_a_run_that_was_moved_goes_on_where_it_lies_now(tmp_path, monkeypatch):
+    """Also from inside its folder, which then is no output_dir that was given."""
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "config.yaml").write_text(f"epochs: 3\noutput_dir: {tmp_path}/run\n")
+    monkeypatch.chdir(tmp_path / "copy")
+    config = resolve(["--resume", "auto"])
+    assert (config.epochs, config.output_dir) == (3, ".")
+
+
 def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
     content = checkpoint_of(2).to_dict()
     for damage in ({"optimiser": {}}, {"state": {"epoch": 1, "minute": 2}}):

@@ -2,6 +2,7 @@
 server's API (clearml_server.py). It shows what is sent, not what a dashboard draws."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -318,3 +319,22 @@ def test_what_a_field_of_the_dashboard_means(name, text, value):
 def test_what_a_field_of_the_dashboard_cannot_mean(name, text):
     with pytest.raises(ConfigError, match=name):
         convert(name, from_text(name, text))
+
+
+def test_classes_without_images_are_not_the_worst(tmp_path):
+    """120 classes, of which every other has two images, one of them right."""
+    matrix = np.zeros((120, 120), dtype=int)
+    for i in range(0, 120, 2):
+        matrix[i, i] = matrix[i, (i + 2) % 120] = 1
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "plan.json").write_text(json.dumps({"stages": [], "classes": [f"c{i}" for i in range(120)]}))
+    told = {}
+    logger = SimpleNamespace(
+        report_table=lambda title, series, iteration, table_plot: told.update({title: table_plot}),
+        report_confusion_matrix=lambda title, series, matrix, iteration, **labels: told.update(
+            {title: labels["xlabels"]}
+        ),
+    )
+    TaskReport(SimpleNamespace(get_logger=lambda: logger), RunFolder(str(tmp_path)), None).confusion("best", 0, matrix)
+    assert told["confusion matrix"] == [f"c{i}" for i in range(0, 100, 2)]
+    assert told["accuracy per class"][1:3] == [["c0", 2, "50.00"], ["c1", 0, ""]]

@@ -25,6 +25,7 @@ import reporting.log
 import train
 from images.workers import Watch, closing_loader, make_loader, signals_held
 from learning.checkpoint import sync_folder, write_safely
+from learning.faults import one_line
 from learning.learner import Learner
 from learning.state import RunState
 from reporting.folder import RunFolder
@@ -138,6 +139,40 @@ def test_a_signal_in_the_midst_of_what_takes_long_ends_the_program():
     process.send_signal(signal.SIGTERM)
     errors = process.communicate()[1]
     assert process.returncode == 1 and errors.strip() == "ended: SIGTERM, in the midst of what takes long"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at in /proc")
+def test_ctrl_c_again_ends_a_run_that_waits_for_another_process():
+    """In a collective no handler runs; the first is to be heard after the step, which never ends."""
+    code = (
+        "import signal, sys, threading\nfrom learning.stop import Stop\nfrom small_models import CPU\n"
+        "Stop.GRACE = 0.1\nlock = threading.Lock()\nlock.acquire()\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])\n"
+        "with Stop(CPU, patient=True):\n"
+        "    signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\n"
+        "    print('begun', flush=True)\n    while True:\n        lock.acquire()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{os.getcwd()}:{os.path.dirname(__file__)}"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "heard\n"
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1]
+    assert process.returncode == 1 and errors.strip() == "ended: SIGINT, in the midst of what takes long"
+
+
+def test_errors_between_processes_say_what_they_are():
+    assert one_line(torch.distributed.DistNetworkError("EADDRINUSE: address already in use")) == (
+        "the processes of this run do not find each other (EADDRINUSE: address already in use); see to the address they are given"
+    )
+    nccl = "NCCL error in: x.cpp:1, invalid usage\nncclInvalidUsage: This usually ...\nLast error:\nDuplicate GPU detected : rank 1"
+    assert one_line(RuntimeError(nccl)).startswith(
+        "the processes of this run cannot work together (Duplicate GPU detected : rank 1): look at what each of them says"
+    )
+    assert one_line(RuntimeError("Connection closed by peer")).startswith("another process of this run has ended")
 
 
 # ---- two runs ----
@@ -424,7 +459,9 @@ def test_checkpoints_come_as_asked_and_at_the_end_of_each_stage(tree, tmp_path, 
     assert RunFolder(str(tmp_path / "run")).confusion("best")[0] == best
 
 
-@pytest.mark.parametrize("period", ["0", "0s", "-1", "1.5", "5m3", "e", "1:30", "٣", ""])
+@pytest.mark.parametrize(
+    "period", ["05m", "0.0001s", "999999999h", "0", "0s", "-1", "1.5", "5m3", "e", "1:30", "٣", ""]
+)
 def test_a_period_that_is_none_is_refused(period):
     with pytest.raises(ConfigError, match="checkpoint_every must be epochs such as 5e, or a time such as 90s"):
         every(period)

@@ -105,8 +105,16 @@ def test_steps_are_measured_in_blocks_after_those_that_were_loaded_meanwhile(cou
 def test_the_median_block_counts():
     few = Few(Runtime(device=torch.device("cpu")), [1, 3, 5, 7])
     few.times = [10.0, 12.0, 13.0, 23.0]  # 1, 0.5 and 5 seconds a step
-    assert few.per_step() == 1.0
+    assert few.per_step(in_bursts=False) == 1.0
     assert [few() for _ in range(7)] == [False] * 6 + [True]
+
+
+def test_batches_that_come_many_at_once_cost_their_wait_too():
+    """Two workers of 4 s a batch bring two every 4 s: 2 s a step, which blocks of one step show as 0 and 4."""
+    few = Few(Runtime(device=torch.device("cpu")), [2, 3, 4, 5, 6, 7])
+    few.times = [0.0, 0.0, 4.0, 4.0, 8.0, 8.0]
+    assert few.per_step(in_bursts=False) == 0.0
+    assert few.per_step(in_bursts=True) == pytest.approx(8 / 5)
 
 
 # ---- runs ----

@@ -290,6 +290,7 @@ def test_utilisation_is_sampled_while_a_line_of_metrics_is_half_written(tmp_path
 def test_idle_time_is_what_no_kernel_covers():
     assert parts.idle_share([(0, 2), (5, 6), (1, 3), (1.5, 2.5)]) == pytest.approx(2 / 6)  # 3 to 5, of 0 to 6
     assert parts.idle_share([(4, 9)]) == 0
+    assert parts.idle_share([]) is None  # a profiler that saw no kernels
 
 
 def test_the_longest_kernels():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialLR, LinearLR, SequentialLR, StepLR
 from torchvision.models import get_model
 
-from learning.optim import LearningRate, build_optimizer, parameter_groups, set_learning_rate
+from learning.optim import LearningRate, build_optimizer, parameter_groups, set_learning_rate, with_momentum
 from learning.state import RunState
 from learning.stop import Stop
 from settings.resolve import resolve
@@ -327,3 +327,27 @@ def test_two_steps_by_hand_on_a_gradient_of_one(flags, after_two):
         model.weight.grad = torch.ones(1, 1)
         optimizer.step()
     assert model.weight.item() == pytest.approx(after_two, rel=1e-5)
+
+
+def test_a_first_step_that_overflows_leaves_no_momentum():
+    """torch's fused kernel skips it, and would leave what lay in the memory that was to be the momentum."""
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = with_momentum(torch.optim.SGD([weight], lr=1.0, momentum=0.5, fused=True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for gradient in (torch.inf, 1.0, 1.0):
+        weight.grad = scaler.scale(torch.full((3,), gradient))
+        scaler.step(optimizer)
+        scaler.update()
+    assert weight.tolist() == [-2.5] * 3  # nothing, 1, then 1.5; the scale's halving is undone by the scaler itself
+    assert optimizer.state[weight]["momentum_buffer"].tolist() == [1.5] * 3
+
+
+def test_momentum_that_begins_at_zeros_is_the_first_gradient():
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01) for weight in weights]
+    with_momentum(optimizers[1])
+    for gradient in (0.3, -0.7):
+        for weight, optimizer in zip(weights, optimizers):
+            weight.grad = torch.full((3,), gradient)
+            optimizer.step()
+    assert torch.equal(*weights)

@@ -304,10 +304,14 @@ def test_a_file_of_rows_is_whole_or_not_there(two, tmp_path, capfd, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(program.Tally, "add", interrupt)
         assert call(two, images, "--output", file) == 3
-        assert "stopped: signal SIGINT; " in capfd.readouterr().err
-        assert sorted(os.listdir(tmp_path)) == ["images"]
+        (beside,) = tmp_path.glob("rows.csv.*.tmp")
+        assert capfd.readouterr().err.endswith(f"stopped: signal SIGINT; the rows written so far lie in {beside}\n")
+        assert len(table(beside.read_text())) == 2
+        beside.unlink()
         assert call(two, images) == 3
-        assert len(table(capfd.readouterr().out)) == 2
+        told = capfd.readouterr()
+        assert told.err.endswith("stopped: signal SIGINT; the rows written so far are whole\n")
+        assert len(table(told.out)) == 2
     assert call(two, images, "--output", file) == 0
     assert len(table(file.read_text())) == 3 and capfd.readouterr().out == ""
     before = file.read_bytes()

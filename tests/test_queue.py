@@ -179,3 +179,15 @@ def test_a_task_that_is_deleted_has_failed(monkeypatch):
         run.due = 0.0
         assert run.poll() == answer
     assert run.reason() == "task abc was deleted on the server"
+
+
+def test_files_that_cannot_be_written_fail_the_run_and_are_told(monkeypatch):
+    task = SimpleNamespace(id="abc", data=SimpleNamespace(status_message=""))
+    run = queue.QueuedRun(None, task)
+
+    def full():
+        raise RunError("runs/x/metrics.jsonl: No space left on device; free some space there")
+
+    monkeypatch.setattr(run, "ask", full)
+    assert run.poll() == 1
+    assert run.reason() == "task abc runs/x/metrics.jsonl: No space left on device; free some space there"

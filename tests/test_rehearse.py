@@ -83,3 +83,27 @@ def test_an_evaluation_that_does_not_fit_names_what_to_lower():
         ConfigError, match=r"out of memory in evaluation \(384 px, batch_size 128\); lower batch_size or"
     ):
         rehearse(STAGES, learner, 100, 384, 128)
+
+
+def test_another_process_that_fails_meanwhile_is_no_size_that_does_not_fit():
+    learner = OnGpu()
+
+    def cut_off(*args):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer")
+
+    learner.step_on_noise = cut_off
+    with pytest.raises(RuntimeError, match="Connection reset by peer") as told:
+        rehearse(STAGES, learner, 100, 64, 16)
+    assert not isinstance(told.value, ConfigError)
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_memory_that_a_library_does_not_get_is_memory_too(words):
+    learner = OnGpu()
+
+    def full(*args):
+        raise RuntimeError(words)
+
+    learner.step_on_noise = full
+    with pytest.raises(ConfigError, match=r"out of memory in stage 0 \(.*\); lower batch_size for it"):
+        rehearse(STAGES, learner, 100, 64, 16)

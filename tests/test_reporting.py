@@ -12,7 +12,7 @@ from runs import make_tree, metrics
 import train
 from images.evaluation import EvalImages
 from reporting.folder import RunFolder
-from reporting.page import report_page
+from reporting.page import class_table, report_page
 from settings.resolve import resolve
 from stages import Plan, Stage, plan_stages
 from train import run
@@ -86,6 +86,12 @@ def test_a_run_of_an_older_version_has_no_such_parts(folder):
 
 def row_of(name, f1, support=10):
     return {"class": name, "precision": 50.0, "recall": 60.0, "f1": f1, "support": support}
+
+
+def test_classes_without_images_come_last_and_have_no_figures():
+    rows = [row_of("none", 0.0, 0), row_of("poor", 20.0), row_of("good", 90.0)]
+    (_, lines) = class_table({"per_class": rows})
+    assert lines == [["poor", "50.00", "60.00", "20.00", 10], ["good", "50.00", "60.00", "90.00", 10], ["none", "", "", "", 0]]  # fmt: skip
 
 
 @pytest.fixture

@@ -51,6 +51,16 @@ def test_last_weights_and_temperature(run, tmp_path):
         (run / "summary.json").write_text(json.dumps(summary))
 
 
+def test_of_a_run_with_an_average_the_last_weights_are_those_of_the_average(run, tmp_path):
+    tree = run.parent / "images"
+    flags = ["--epochs", "1", "--model-ema", "--model-ema-steps", "1", "--model-ema-decay", "0.99"]
+    assert start(tree, tmp_path / "run", *flags) == 0
+    last, saved = open_run(str(tmp_path / "run"), device="cpu", weights="last"), torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)  # fmt: skip
+    assert all(torch.equal(value, saved["model_ema"][name]) for name, value in last.model.state_dict().items())
+    assert any(not torch.equal(value, saved["model"][name]) for name, value in last.model.state_dict().items())
+    assert str(last).endswith("last weights (EMA), after epoch 1; 2 classes, 32 px")
+
+
 def test_accuracy_is_that_of_the_weights_which_are_opened(run, tmp_path):
     """Not of the best or the last epoch that there was: weights are saved with a checkpoint only."""
     own = shutil.copytree(run, tmp_path / "run")

@@ -7,7 +7,7 @@ from small_models import CPU
 from torch import nn
 
 import utils
-from settings.errors import ConfigError
+from settings.errors import ConfigError, process_rank
 from settings.resolve import resolve
 from utils import (
     GOLDEN,
@@ -114,6 +114,21 @@ def no_gpu(monkeypatch):
 )
 def test_devices_of_a_machine_with_two_gpus(two_gpus, name, local_rank, device):
     assert find_device(name, local_rank) == torch.device(device)
+
+
+def test_one_gpu_by_its_number_is_not_for_several_processes(monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="device cuda:0 with 2 processes: each takes one of its own; give cuda"):
+        start_runtime(resolve(["--device", "cuda:0"]))
+
+
+def test_srun_s_number_counts_where_the_run_has_several_processes(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert (process_rank(4), process_rank()) == (3, 0)
+    monkeypatch.setenv("RANK", "2")
+    assert (process_rank(4), process_rank()) == (2, 2)
 
 
 def test_more_processes_than_gpus_is_an_error(two_gpus):

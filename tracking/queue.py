@@ -143,6 +143,9 @@ class QueuedRun:
         try:
             answer, self.missed = self.ask(), 0
             return answer
+        except RunError as error:  # of the disk that the run's files were to be written to
+            self.status = str(error)
+            return 1
         except Exception:  # of many kinds; a server that is away for a while does not end the sweep
             with suppress(Exception):
                 missing = why_no_server() is None and find_task(self.task.id) is None

@@ -127,12 +127,13 @@ class RunReport:
         """
         right, all_of = matrix.diagonal(), matrix.sum(axis=1)
         accuracy = 100 * right / np.maximum(all_of, 1)
-        rows = [[name, int(n), f"{share:.2f}"] for name, n, share in zip(self.classes, all_of, accuracy)]
+        rows = [[name, int(n), f"{share:.2f}" if n else ""] for name, n, share in zip(self.classes, all_of, accuracy)]
         table = [["class", "images", "top1"], *rows]
         self.logger.report_table("accuracy per class", series, iteration=epoch, table_plot=table)
         shown = np.arange(len(self.classes))
         if len(shown) > MAX_CLASSES:
-            shown = np.sort(np.argsort(accuracy, kind="stable")[:MAX_CLASSES])
+            worst = np.where(all_of > 0, accuracy, np.inf)  # a class without images is no bad one
+            shown = np.sort(np.argsort(worst, kind="stable")[:MAX_CLASSES])
             rows = [["true", "predicted", "images"], *map(list, worst_confusions(matrix, self.classes))]
             self.logger.report_table("commonest confusions", series, iteration=epoch, table_plot=rows)
         labels = [self.classes[i] for i in shown]

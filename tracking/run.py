@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reporting.folder import BEST, CHECKPOINT, CLEARML, RunFolder
 from reporting.log import Dashboard
-from settings.errors import ConfigError
+from settings.errors import ConfigError, process_rank
 from settings.table import Config
 from stages import Stage
 from tracking.deadline import abandon, brief, never_fatal, watched
@@ -42,7 +42,7 @@ def find_clearml(config: Config) -> Dashboard:
     Raises:
         ConfigError: a name that no server takes, the package is missing, or `online` finds no server that answers.
     """
-    if config.clearml == "off" or config.test_only or os.environ.get("RANK", "0") != "0":
+    if config.clearml == "off" or config.test_only or process_rank(config.world_size):
         return Dashboard()
     project_name(config), task_name(config)  # that they can be
     if importlib.util.find_spec("clearml") is None:

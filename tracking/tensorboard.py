@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reporting.folder import TENSORBOARD, RunFolder
 from reporting.log import Dashboard
-from settings.errors import ConfigError, first_line
+from settings.errors import ConfigError, first_line, process_rank
 from settings.table import Config
 from settings.values import as_text
 from stages import Stage
@@ -37,7 +37,7 @@ def find_tensorboard(config: Config) -> Dashboard:
         return Dashboard()
     if importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("tensorboard needs the package: pip install tensorboard, or --no-tensorboard")
-    if os.environ.get("RANK", "0") != "0":
+    if process_rank(config.world_size):
         return Dashboard()
     try:
         return TensorBoard(config)
