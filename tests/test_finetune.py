@@ -17,7 +17,7 @@ from torch import nn
 
 from images.store_place import store_side
 from learning.ema import EMA
-from learning.learner import Learner
+from learning.learner import Learner, build_learner
 from learning.models import Classifier, build_model, build_on_meta, tuned_layers
 from learning.optim import LearningRate
 from learning.rehearse import rehearse
@@ -163,6 +163,17 @@ def test_several_processes_wait_for_the_gradients_of_the_classifier_alone(tmp_pa
             for _ in range(2):
                 learner.step_on_noise(32, 4)
             assert sum(parameter.grad is not None for parameter in learner.model.parameters()) == count
+    finally:
+        dist.destroy_process_group()
+
+
+def test_batch_norms_count_over_all_processes_if_asked(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        runtime = Runtime(device=torch.device("cpu"), world_size=2)
+        build_learner(resolve(["--model", "efficientnet_v2_tiny"]), 2, None, runtime)
+        with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):  # that they are there
+            build_learner(resolve(["--model", "efficientnet_v2_tiny", "--sync-bn"]), 2, None, runtime)
     finally:
         dist.destroy_process_group()
 

@@ -230,6 +230,7 @@ def test_averages_of_the_optimizer_take_the_memory_format_of_this_run(tree, tmp_
     of_filters = [(weight, state) for weight, state in learner.optimizer.state.items() if weight.dim() == 4]
     assert any(weight.shape[1] > 1 and weight.shape[2] > 1 for weight, _ in of_filters)
     for weight, state in of_filters:
+        assert weight.is_contiguous(memory_format=torch.channels_last)
         assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == weight.stride()
     assert_same_bits(learner.optimizer.state_dict()["state"], saved.optimizer["state"])
 

@@ -202,9 +202,26 @@ def test_the_reference_s_command_line_trains(tree, tmp_path):
     assert len(metrics(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize("flags", ["--amp --channels-last", "--amp --amp-dtype float16", "--backend tensor --use-v2"])
-def test_precision_memory_format_and_backends_train(tree, tmp_path, flags):
-    assert start(tree, tmp_path / "run", "--epochs", "2", "--auto-augment", "ra", *flags.split()) == 0
+@pytest.mark.parametrize(
+    ("flags", "computed"),
+    [
+        ("--amp --channels-last", torch.bfloat16), ("--amp --amp-dtype float16", torch.float16),
+        ("--backend tensor --use-v2", torch.float32),
+    ],
+)  # fmt: skip
+def test_precision_memory_format_and_backends_train(tree, tmp_path, flags, computed):
+    seen = {True: set(), False: set()}  # in training, in evaluation
+
+    def note(module, inputs, output):
+        if isinstance(module, torch.nn.Conv2d):
+            seen[module.training].add(output.dtype)
+
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        assert start(tree, tmp_path / "run", "--epochs", "2", "--auto-augment", "ra", *flags.split()) == 0
+    finally:
+        handle.remove()
+    assert seen == {True: {computed}, False: {computed}}
     assert metrics(tmp_path / "run")[-1]["loss"] < 2
 
 

@@ -89,9 +89,7 @@ def test_each_stage_is_seen_to_change_size_drop_rates_randaugment_and_mixup(
     assert [{step["size"] for step in stage} for stage in stages] == [{32}, {64}]
     for name, rates in (("dropped", (0.1, 0.6)), ("skipped", (0.05, 0.5))):
         for stage, rate in zip(stages, rates):
-            assert {round(step[name], 1) for step in stage} == {round(rate, 1)} or all(
-                abs(step[name] - rate) < 0.02 for step in stage
-            )
+            assert all(abs(step[name] - rate) < 0.02 for step in stage), [step[name] for step in stage]
     assert {round(angle, 3) for angle in rotations[first_turn:second_turn]} == {15.0}  # 5 tenths of 30 degrees
     assert {round(angle, 3) for angle in rotations[second_turn:]} == {45.0}
     assert all(step["targets"].ndim == 1 for step in stages[0])
