@@ -27,9 +27,9 @@ class Estimate:
     def undecided(self) -> bool:
         """Check whether a difference of 0 lies within the interval, or there is none that tells of the spread.
 
-        Accuracies of few images are coarse: that the differences of two or three seeds are the same does not make them sure.
+        Accuracies of few images are coarse: two differences that are the same do not make it sure.
         """
-        if self.low is None or self.high is None or self.high - self.low < 1e-9:
+        if self.low is None or self.high is None or (self.n < 3 and self.high - self.low < 1e-9):
             return True
         return self.low <= 0 <= self.high
 

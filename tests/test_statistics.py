@@ -46,7 +46,7 @@ def test_a_difference_whose_interval_holds_zero_is_undecided():
     assert difference(rows, "a", "b", "top1").undecided
 
 
-def test_differences_that_are_all_the_same_tell_nothing_of_their_spread():
+def test_two_differences_that_are_the_same_tell_nothing_of_their_spread():
     rows = [
         {"condition": name, "seed": seed, "top1": top1} for name, top1 in (("a", 53.3), ("b", 55.5)) for seed in (0, 1)
     ]
