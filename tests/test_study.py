@@ -170,7 +170,7 @@ STUDIES = {  # conditions, seeds; the original study's limits and the controls i
     "transfer": (28, 3),
     "reproduce_small": (["progressive", "released rule", "size only", "fixed", "fixed, same time"], 5),
     "epochs_small": (["4 x 2", "4 x 4", "4 x 6", "4 x 9"], 3),
-    "dropout_small": (["0.1 → 0.3", "0.1 → 0.5", "0.1 → 0.7", "0.2 → 0.3", "0.2 → 0.5", "0.2 → 0.7", "constant 0.2", "none"], 5),
+    "dropout_small": (["0.1 → 0.3", "0.1 → 0.5", "0.1 → 0.7", "0.2 → 0.3", "0.2 → 0.5", "0.2 → 0.7", "constant 0.2", "none"], 3),
     "image_size_small": (["64 → 128", "64 → 96", "96 → 128", "64 → 160", "96 → 160", "128 → 160", "128 throughout"], 5),
     "ra_magnitude_small": (9, 3),
     "transfer_small": (25, 3),
