@@ -103,6 +103,8 @@ def dimensions(chart: alt.LayerChart) -> dict[str, Any]:
 def picture(specification: Specification, mark: str) -> str:
     """Draw a chart as SVG."""
     svg = vl_convert.vegalite_to_svg(specification, vl_version=vl_version())
+    numbers: dict[str, str] = {}  # of clips it counts on from figure to figure: here from 0 in each
+    svg = re.sub(r"\bclip\d+\b", lambda found: numbers.setdefault(found[0], f"clip{len(numbers)}"), svg)
     return re.sub(r"(<svg[^>]*>)", rf"\1{mark}", svg, count=1) + "\n"
 
 

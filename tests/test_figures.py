@@ -14,7 +14,7 @@ from PIL import Image
 from programs import ROOT
 
 from Graphs import draw, schedule, sizes, studies
-from Graphs.figure import as_element, vl_version
+from Graphs.figure import as_element, picture, vl_version
 from Graphs.figures import SCHEDULE, all_figures
 from Graphs.marks import filled, with_table
 from Graphs.rows import first_and_last, time_spent
@@ -376,6 +376,13 @@ def test_no_number_is_drawn_that_is_none(results):
 
 def test_a_title_cannot_end_the_element_it_stands_in():
     assert as_element("name", {"title": "</script><b>"}).count("</") == 2
+
+
+def test_a_picture_is_the_same_whatever_was_drawn_before():
+    chart = altair.Chart(altair.Data(values=[{"x": 1}, {"x": 3}])).mark_rule(clip=True)
+    specification = chart.encode(altair.X("x:Q", scale=altair.Scale(domainMax=2))).to_dict()
+    first, again = picture(specification, ""), picture(specification, "")
+    assert first == again and 'id="clip0"' in first
 
 
 def test_the_library_is_of_the_version_that_figures_are_written_in():
