@@ -99,6 +99,12 @@ def test_every_figure_has_a_row_or_a_source():
     assert not quoted
 
 
+def test_no_line_begins_with_the_mark_of_a_figure():
+    """Markdown takes a line that begins with a comment for HTML: its paragraph ends there, and its *words* stay bare."""
+    for page in PAGES:
+        assert not re.findall(r"^ {0,3}<!-- value.*", of(page), re.M), page
+
+
 def test_a_typed_figure_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
