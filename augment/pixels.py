@@ -27,7 +27,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         if (image.format == "TIFF" and image.mode == "I") or grey.min() < 0 or grey.max() >= 2**16:
-            raise ValueError("its pixels are numbers of 32 bits; save them with 8 or 16")
+            raise ValueError("its pixels are signed, or of 32 bits; save them with 8 or 16 bits, unsigned")
         image = Image.fromarray((grey >> 8).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save them with 8 or 16 bits")

@@ -133,6 +133,14 @@ def available_memory() -> int:
     return min([psutil.virtual_memory().available, *room_in_groups("/proc/self/cgroup", "/sys/fs/cgroup")])
 
 
+# Of control groups by version: files of the limit and of what is used, and what memory.stat calls the file cache and,
+# of that, the shared memory.
+GROUP_FILES = {
+    "": ("memory.max", "memory.current", "file", "shmem"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
+}
+
+
 def room_in_groups(own: str, root: str) -> Iterator[int]:
     """Find the bytes that each control group which holds this process, and has a limit, lets it take.
 
@@ -141,16 +149,17 @@ def room_in_groups(own: str, root: str) -> Iterator[int]:
     """
     with suppress(OSError), open(own, encoding="utf-8") as file:
         for _, controllers, path in (line.rstrip("\n").split(":", 2) for line in file):
-            if controllers not in ("", "memory"):
+            if controllers not in GROUP_FILES:
                 continue
-            names = ("memory.max", "memory.current", "file") if not controllers else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")  # fmt: skip
+            most, now, cached, shared = GROUP_FILES[controllers]
             parts = path.strip("/").split("/")
             for depth in range(len(parts) + 1):  # a container may see its own group as the root, under its outer path
                 place = os.path.join(root, controllers, *parts[:depth])
                 with suppress(OSError, ValueError, KeyError):  # "max": no limit
-                    limit, used = (int(read(os.path.join(place, name))) for name in names[:2])
+                    limit, used = (int(read(os.path.join(place, name))) for name in (most, now))
                     counts = dict(line.split() for line in read(os.path.join(place, "memory.stat")).splitlines())
-                    yield limit - max(0, used - int(counts[names[2]]))
+                    droppable = int(counts[cached]) - int(counts[shared])  # what lies in /dev/shm cannot be dropped
+                    yield limit - max(0, used - droppable)
 
 
 def read(path: str) -> str:

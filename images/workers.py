@@ -146,11 +146,13 @@ class Watch(threading.Thread):
 
     def begin(self) -> None:
         """Count from now on."""
-        self.asking, self.waited = True, 0.0
+        self.waited = 0.0
+        self.asking = True
 
     def run(self) -> None:
         while not self.over.wait(LOOK_EVERY):
-            self.waited += LOOK_EVERY
+            if self.asking:
+                self.waited += LOOK_EVERY
             if self.asking and self.waited >= PATIENCE:
                 for worker in self.workers:
                     if worker.pid not in self.halted and is_stopped(worker.pid):

@@ -81,8 +81,11 @@ def test_an_image_that_found_no_memory_once_is_looked_at_again(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("pixels", "words"),
     [
-        (np.full((4, 4), 200, np.int32), "its pixels are numbers of 32 bits; save them with 8 or 16"),
-        (np.full((4, 4), 65536, np.int32), "its pixels are numbers of 32 bits; save them with 8 or 16"),
+        (np.full((4, 4), 200, np.int32), "its pixels are signed, or of 32 bits; save them with 8 or 16 bits, unsigned"),
+        (
+            np.full((4, 4), 65536, np.int32),
+            "its pixels are signed, or of 32 bits; save them with 8 or 16 bits, unsigned",
+        ),
         (np.full((4, 4), 0.8, np.float32), "its pixels are floating-point numbers; save them with 8 or 16 bits"),
     ],
 )

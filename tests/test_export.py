@@ -532,5 +532,8 @@ def test_logits_that_are_large_may_differ_by_a_part_of_themselves():
     assert accepted_difference(np.array([[4000.0, -1.0], [0.5, -0.25]])).tolist() == [4.0, 0.001]
     alone = np.array([[4000.0, 1.0]])
     check_pair(lambda array: alone + 3, np.zeros(3), alone, "x")
+    endless = np.array([[np.inf, 1.0]])
+    with pytest.raises(RunError, match="in a batch of two its logits differ by inf from those of one"):
+        check_pair(lambda array: np.array([[5.0, 1.0]]), np.zeros(3), endless, "x")
     with pytest.raises(RunError, match="in a batch of two its logits differ by 5 from those of one"):
         check_pair(lambda array: alone + 5, np.zeros(3), alone, "x")

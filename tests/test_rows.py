@@ -1,6 +1,9 @@
 """Which rows are a study's, and which files are none."""
 
+import csv
+
 import pytest
+from programs import ROOT
 from test_sweep import FLAGS, TWO
 
 from settings.errors import ConfigError
@@ -75,3 +78,24 @@ def test_a_file_that_a_spreadsheet_has_marked_is_read(study, tmp_path):
     write_rows(str(tmp_path / "study.csv"), [row(run)])
     (tmp_path / "study.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "study.csv").read_bytes())
     assert Results(study(ONE), str(tmp_path)).row(run)["top1"] == 50
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*_means.csv")), ids=lambda path: path.stem)
+def test_committed_statistics_are_those_of_their_rows(path, tmp_path, monkeypatch):
+    """A row taken out or mended by hand leaves them behind."""
+    monkeypatch.chdir(ROOT)
+    name = path.stem.removesuffix("_means")
+    results = Results(read_study(f"configs/studies/{name}.yaml", str(tmp_path)), str(path.parent))
+    results.folder = str(tmp_path)
+    results.write_statistics()
+    for part in ("means", "differences"):
+        ours, theirs = (
+            list(csv.DictReader((folder / f"{name}_{part}.csv").open(encoding="utf-8")))
+            for folder in (tmp_path, path.parent)
+        )
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs):
+            for column in one:  # written from rows before they were rounded to six digits
+                exact = column in ("column", "condition", "one", "other", "n") or not one[column]
+                wanted = one[column] if exact else pytest.approx(float(one[column]), rel=1e-4, abs=0.01)
+                assert (other[column] if exact else float(other[column])) == wanted, (one, other)

@@ -423,7 +423,9 @@ def test_groups_of_every_depth_bound_the_memory(tmp_path, own, groups, room):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / names[0]).write_text(f"{limit}\n")
         (folder / names[1]).write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 1\n{'total_cache' if old else 'file'} {cached}\n")
+        (folder / "memory.stat").write_text(
+            f"anon 1\n{'total_cache' if old else 'file'} {cached + 7}\n{'total_shmem' if old else 'shmem'} 7\n"
+        )
     assert list(room_in_groups(str(tmp_path / "own"), str(tmp_path / "cgroup"))) == room
 
 
