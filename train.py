@@ -139,7 +139,9 @@ def main(config: Config, runtime: Runtime, dashboard: Dashboard, at_end: ExitSta
             log.begin_stage(stage)
             loader = scheduler.enter(stage)
             if stage.finetune and (state.epoch, state.step) == (stage.epochs.start, 0):
-                learner.unify(state.better)  # what is fine-tuned is the better of the model and its average
+                learner.unify(
+                    state.better or state.best_weights
+                )  # what is fine-tuned is the better of the model and its average
             learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes, stage.finetune)
             for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):
                 progress = Progress(

@@ -110,9 +110,8 @@ def compare(
             differences = np.abs(given - expected).max(axis=1)
             agree = answers == answers_of_run
             accepted = accepted_difference(expected)
-            if (
-                strict and not (fine := agree & np.isfinite(differences) & (differences <= accepted)).all()
-            ):  # NaN is not fine
+            fine = agree & np.isfinite(differences) & (differences <= accepted)  # NaN and infinity are not
+            if strict and not fine.all():
                 first = int(fine.argmin())
                 classes = [trained.classes[row[first]] for row in (answers, answers_of_run)]
                 raise RunError(

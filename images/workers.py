@@ -151,9 +151,10 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while not self.over.wait(LOOK_EVERY):
-            if self.asking:
-                self.waited += LOOK_EVERY
-            if self.asking and self.waited >= PATIENCE:
+            if not self.asking:
+                continue
+            self.waited += LOOK_EVERY
+            if self.waited >= PATIENCE:
                 for worker in self.workers:
                     if worker.pid not in self.halted and is_stopped(worker.pid):
                         self.halted.append(worker.pid)

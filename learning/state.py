@@ -18,7 +18,7 @@ class RunState:
     train_seconds, wait_seconds, cpu_seconds: of that part; the last of this process and its workers
     seconds: that the run has taken until the last checkpoint, all of its parts from the start of their processes
     best_top1, best_epoch, best_weights: percent, epoch and copy ("model" or "ema") of the best evaluation
-    better: copy that the latest evaluation found the better one
+    better: copy that the latest evaluation found the better one; "" before there is one, and in older files
     """
 
     epoch: int = 0
@@ -33,7 +33,7 @@ class RunState:
     best_top1: float = -1.0
     best_epoch: int = -1
     best_weights: str = "model"
-    better: str = "model"
+    better: str = ""
 
     def note_best(self, scores: "Mapping[str, Score]") -> bool:
         """Note the best of the copies just evaluated; return whether it is better than all before."""

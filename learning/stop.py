@@ -59,7 +59,7 @@ class Stop:
     def __init__(self, runtime: Runtime, time_budget: str | None = None, patient: bool = True):
         self.runtime, self.patient = runtime, patient
         self.deadline = None if time_budget is None else time.monotonic() + seconds(time_budget)
-        self.wish, self.signal = "", 0
+        self.wish, self.signal, self.interrupts = "", 0, 0
         self.agreed = self.NOTHING
         self.resumable = False
         self.failure: RunError | None = None
@@ -88,12 +88,10 @@ class Stop:
     def watch(self) -> None:
         """End the program a while after a signal, where the main thread does not hear of it."""
         with self.heard:
-            interrupts = 0
             while number := self.heard.recv(1):
-                interrupts += number[0] == signal.SIGINT
-                again = (
-                    number[0] == signal.SIGINT and interrupts > 1
-                )  # a process that waits for others hears of neither
+                self.interrupts += number[0] == signal.SIGINT
+                # A second Ctrl-C counts in training, too: a process that waits for another one runs no handler
+                again = number[0] == signal.SIGINT and self.interrupts > 1
                 if number[0] not in self.previous or (self.patient and not again):
                     continue
                 if not self.ended.wait(self.GRACE) and (again or not self.patient):
@@ -130,6 +128,7 @@ class Stop:
             self.hook_before(fault)
             return
         number, self.signal = self.signal, 0
+        self.interrupts -= number == signal.SIGINT  # it will be heard again
         threading.Timer(0.01, signal_main, [number]).start()  # not at once: that would be in here
 
     def ask(self, reason: str) -> None:

@@ -124,7 +124,7 @@ WRONG_YAML = [
     ("dropuot: 0.1", "unknown setting dropuot; did you mean dropout?"),
     ("lr: fast", "lr must be a number, got 'fast'"),
     ("lr: '0.1'", "lr must be a number, got '0.1'; write it without quotes"),
-    ("auto_augment: rand", "auto_augment must be one of ra"),
+    ("auto_augment: xyz", ", got 'xyz'; none unsets it"),
     ("<<: {lr: 0.2}\nlr: 0.1\nepochs: 2.5", "epochs must be a whole number, got 2.5"),
     ("weight_decay: 1e-5", "weight_decay must be a number, got '1e-5' (YAML reads that as text; write 1.0e-5)"),
     ("epochs: 2.5", "epochs must be a whole number, got 2.5"),
@@ -361,3 +361,8 @@ def test_an_error_of_a_loader_s_worker_keeps_its_type_and_its_one_line(kind, wor
     with pytest.raises(ConfigError) as caught, closing_loader(loader):
         list(loader)
     assert type(caught.value) is kind and str(caught.value) == "a.png: no image; remove it"
+
+
+def test_none_in_any_case_unsets_what_may_be_unset():
+    assert resolve(["--auto-augment", "None", "--dropout", "none"]).dropout is None
+    assert resolve(["--auto-augment", "NONE"]).auto_augment is None
