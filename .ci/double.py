@@ -19,6 +19,8 @@ def fingerprint() -> str:
         "tests/*clearml_server.py",
         "tests/clearml_double/*.py",
         "tests/test_agents.py",
+        "tests/test_tracking.py",
+        "tests/test_upload.py",
         "tests/test_queue.py",
         "tracking/*.py",
         "studies/*.py",

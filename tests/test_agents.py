@@ -11,6 +11,7 @@ from programs import LARGER, ROOT, RUN, honest_program, popen, program, run_agen
 from runs import checkpoint, metrics
 
 
+@pytest.mark.double
 def test_two_processes_are_one_task(images, tmp_path, server):
     out = tmp_path / "run"
     flags = [*RUN, *LARGER, "--data-path", images, "--output-dir", out, "--epochs", "3", "--batch-size", "4"]

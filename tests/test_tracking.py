@@ -158,6 +158,7 @@ def test_without_a_server_auto_is_offline_and_says_why(images, tmp_path, server,
     server.resume()
 
 
+@pytest.mark.double
 @pytest.mark.parametrize("how", ["stop", "hang"])
 def test_a_server_lost_in_mid_run_costs_nothing(images, tmp_path, server, how):
     out, env = tmp_path / "run", server.env(tmp_path / "cache")
@@ -230,6 +231,7 @@ def test_online_that_cannot_report_is_an_error(images, tmp_path, server, mode, s
 # ---- at a bad moment ----
 
 
+@pytest.mark.double
 def test_a_server_that_falls_silent_while_a_task_is_made(images, tmp_path):
     def fall_silent(call, message):
         if call.endpoint == "tasks.create":

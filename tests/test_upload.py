@@ -33,6 +33,7 @@ def session_times(out):
     return {event["iter"]: event["timestamp"] for event in losses}
 
 
+@pytest.mark.double
 def test_killed_offline_resumed_and_uploaded_has_every_epoch_once(images, tmp_path, server):
     out, env = tmp_path / "run", nowhere(tmp_path / "cache")
     flags = [
@@ -136,6 +137,7 @@ def test_points_of_a_session_that_a_server_has_not(tmp_path):
     assert held.have(many)
 
 
+@pytest.mark.double
 def test_what_a_session_has_is_not_imported_over_what_the_task_has(images, tmp_path, server):
     """Online, then twice without a server, then sent: each epoch keeps the time of its first report."""
     out, env = tmp_path / "run", server.env(tmp_path / "cache")
@@ -161,6 +163,7 @@ def test_what_a_session_has_is_not_imported_over_what_the_task_has(images, tmp_p
     assert task.summary_of("loss", "train")["count"] == len(epochs)
 
 
+@pytest.mark.double
 def test_an_import_that_fails_goes_on_in_the_same_task(images, tmp_path, server):
     out = tmp_path / "my run"
     flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "2"]
@@ -199,6 +202,7 @@ def kept(server, task):
     return copy.deepcopy((task.fields, task.events, task.log, models, files))
 
 
+@pytest.mark.double
 def test_a_published_task_stays_as_it_is(images, tmp_path, server):
     out, env = tmp_path / "run", server.env(tmp_path / "cache")
     flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "2"]
@@ -222,6 +226,7 @@ def test_a_published_task_stays_as_it_is(images, tmp_path, server):
     assert Session(RunFolder(str(out))).online == new.id
 
 
+@pytest.mark.double
 def test_a_session_of_a_published_task_becomes_a_new_one(images, tmp_path, server):
     """A run whose task was published goes on without a server; what it left is sent."""
     out = tmp_path / "run"

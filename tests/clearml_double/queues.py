@@ -7,6 +7,8 @@ from clearml_double.rules import COMPANY, USER, Refused, checked_name, new_id, n
 
 class Queues:
     def queue(self, queue_id):
+        if queue_id is None:  # an agent may ask so while it ends
+            raise Refused(12, "Validation error (Field is required: queue)")
         if queue_id not in self.queues:
             raise Refused(701, f"Invalid queue id: id={queue_id}")
         return self.queues[queue_id]
@@ -71,7 +73,7 @@ class Queues:
         return {"num": len(self.queue(body["queue"])["entries"])}
 
     def queues_get_next_task(self, body):
-        entries = self.queue(body["queue"])["entries"]
+        entries = self.queue(body.get("queue"))["entries"]
         if not entries:
             return {}
         task = self.tasks.get(entries[0]["task"])
