@@ -10,7 +10,7 @@ from runs import assert_same_bits
 from small_models import CPU, checkpoint_of, copied, small_model, train_a_step
 from torch.serialization import set_crc32_options
 
-from learning.checkpoint import Checkpoint, previous_checkpoint, read_safely, undone, write_safely
+from learning.checkpoint import Checkpoint, Damaged, previous_checkpoint, read_safely, undone, write_safely
 from learning.weights import read_weights
 from reporting.folder import RunFolder
 from settings.errors import ConfigError, RunError
@@ -217,3 +217,15 @@ def test_an_error_is_undone_too_and_a_disabled_scaler_does_no_harm():
         model[0].weight.data.zero_()
         raise KeyError
     assert_same_bits(dict(model.state_dict()), before)
+
+
+def test_the_bit_that_makes_a_folder_of_a_tensor_is_seen(tmp_path):
+    """No CRC covers a zip file's attributes; torch.load reads nothing for such a part, and returns what lay in memory."""
+    path = tmp_path / "weights.pth"
+    torch.save({"w": torch.arange(100.0)}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))  # of the list at the end
+    content[entry + 38] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(Damaged, match=r"its part weights/data/0 is marked as a folder"):
+        read_safely(str(path))
