@@ -177,7 +177,7 @@ STUDIES = {  # conditions, seeds; the original study's limits and the controls i
     "schedules": (["fixed", "EfficientNetV2", "released rule", "EfficientTrain++", "equal compute, growing strengths"], 5),
     "schedules_small": (["fixed", "EfficientNetV2", "released rule", "EfficientTrain++", "equal compute, growing strengths"], 5),
     "strengths": (["growing", "weakest", "middle", "strongest", "shrinking", "one size, growing", "one size, strongest"], 5),
-    "strengths_small": (["growing", "weakest", "middle", "strongest", "shrinking", "one size, growing", "one size, strongest"], 3),
+    "strengths_small": (["growing", "weakest", "middle", "strongest", "shrinking", "one size, growing", "one size, strongest"], 5),
     "staged_192px": (["progressive", "fixed", "fixed, same time"], 3),
     "class_weights": (["none", "effective number", "inverse frequency"], 5),
     "class_weights_small": (["none", "effective number"], 4),
