@@ -1,5 +1,6 @@
 """The names of the images asked for: files, what lies in folders, names on standard input; in batches, as they come."""
 
+import codecs
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,10 +48,12 @@ def names_of(arguments: Iterable[str], separator: bytes = b"\n", descriptor: int
 def names_on(descriptor: int, separator: bytes) -> Iterator[str]:
     """Yield the names that come through a pipe, each as soon as it is whole; empty ones are left out.
 
+    A byte-order mark, with which Windows begins its lists, is no part of a name.
+
     Raises:
         ConfigError: what comes is no list of names, or cannot be read.
     """
-    rest = b""
+    rest, mark = b"", codecs.BOM_UTF8
     while True:
         try:
             # Not sys.stdin: a thread that waits in its buffer hinders the program's end.
@@ -61,7 +64,13 @@ def names_on(descriptor: int, separator: bytes) -> Iterator[str]:
         if len(rest) > LONGEST:
             raise ConfigError(f"standard input is no list of names: one is longer than {LONGEST:,} bytes")
         for name in names:
-            if name := name.removesuffix(b"\r") if separator == b"\n" else name:
+            if separator == b"\n":
+                name, mark = name.removeprefix(mark).removesuffix(b"\r"), b""
+                if b"\0" in name:
+                    raise ConfigError(
+                        "names on standard input hold zero bytes; where these end the names, add --null (-0)"
+                    )
+            if name:
                 yield os.fsdecode(name)
         if not chunk:
             return

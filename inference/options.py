@@ -116,8 +116,10 @@ def check_places(options: argparse.Namespace) -> None:
             fault = "is in a folder that cannot be written to"
         if fault is not None:
             raise ConfigError(f"--{name} {path} {fault}; give the path of a file to write")
-        if os.path.exists(path) and not options.overwrite:
+        if os.path.lexists(path) and not options.overwrite:  # also a link that leads nowhere
             raise ConfigError(f"--{name} {path} is there already; give another, or --overwrite to replace it")
+        if os.path.realpath(path) in map(os.path.realpath, options.images):
+            raise ConfigError(f"--{name} {path} is one of the images; give another file to write")
     if options.output and options.gallery and os.path.realpath(options.output) == os.path.realpath(options.gallery):
         raise ConfigError("--output and --gallery are one file; give two")
     if options.sort is None:

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -45,7 +46,8 @@ def carry_out(options: argparse.Namespace) -> int:
     workers = 0 if are_few(options.images) else options.workers
     predicting = predict(trained, names, top=top, batch_size=options.batch_size, workers=workers)
     rows, tally = FORMATS[options.format](trained.classes, top), Tally()
-    with opened(options.output, options.overwrite) as output, progress(options.output) as bar:
+    kept = "the rows written so far"
+    with opened(options.output, options.overwrite, kept) as output, progress(options.output) as bar:
         for predictions in predicting:
             for prediction in predictions:
                 output.write(("" if tally.count else rows.head()) + rows.row(prediction))
@@ -58,6 +60,7 @@ def carry_out(options: argparse.Namespace) -> int:
             bar.update(len(predictions))
         if not tally.count:
             raise ConfigError("no names came on standard input; give one image a line")
+    tally.stop()
     if gallery is not None:
         gallery.write(options.gallery, options.overwrite)
     return tally.conclude()
@@ -73,15 +76,21 @@ def progress(output: str | None) -> tqdm:
 
     output: file of the rows, None for standard output
     """
-    shown = sys.stderr.isatty() and not (output is None and sys.stdout.isatty())
+    shown = is_terminal(sys.stderr) and not (output is None and is_terminal(sys.stdout))
     return tqdm(desc="predicting", unit="images", delay=1, leave=False, disable=not shown)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Check whether a standard stream, None where it is closed, shows on a terminal."""
+    return stream is not None and stream.isatty()
 
 
 class Tally:
     """Counts images, those that could not be read, and those that were gone before they were sorted."""
 
     def __init__(self) -> None:
-        self.started, self.count, self.num_bad, self.num_gone = time.perf_counter(), 0, 0, 0
+        self.started, self.seconds = time.perf_counter(), 0.0
+        self.count, self.num_bad, self.num_gone = 0, 0, 0
         self.first_bad: Prediction | None = None
         self.first_gone = ""
 
@@ -95,6 +104,10 @@ class Tally:
         self.num_gone += 1
         self.first_gone = self.first_gone or path
 
+    def stop(self) -> None:
+        """Note that the last row has been written."""
+        self.seconds = time.perf_counter() - self.started
+
     def conclude(self) -> int:
         """Say what came of the images on stderr; return the exit status."""
         if self.num_gone:
@@ -104,8 +117,7 @@ class Tally:
         if self.first_bad is None and self.num_gone:
             return 1
         if self.first_bad is None:
-            seconds = time.perf_counter() - self.started
-            tell(f"{self.count:,} images in {seconds:.1f} s, {self.count / seconds:,.0f} images/s")
+            tell(f"{self.count:,} images in {self.seconds:.1f} s, {self.count / self.seconds:,.0f} images/s")
             return 0
         how_many = f"{self.num_bad:,} of {self.count:,} images"
         tell(f"error: {how_many} could not be read, first {self.first_bad.path}: {self.first_bad.fault}")

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from inference.predictions import Prediction
 from learning.checkpoint import naming_fault, sync_folder
-from settings.errors import RunError
+from settings.errors import ConfigError, RunError, tell
 
 
 class Csv:
@@ -67,10 +67,12 @@ class Output:
     """Where rows go.
 
     name: of the file, for people
+    failed: something could not be written
     """
 
     def __init__(self, file: IO[bytes], name: str):
         self.file, self.name = file, name
+        self.failed = False
 
     def write(self, text: str) -> None:
         """Write a row.
@@ -89,44 +91,48 @@ class Output:
         except BrokenPipeError:
             raise
         except OSError as error:
+            self.failed = True
             raise RunError.of_disk(error, self.name) from error
 
 
 @contextmanager
-def opened(path: str | None, overwrite: bool = False) -> Iterator[Output]:
+def opened(path: str | None, overwrite: bool = False, parts: str = "") -> Iterator[Output]:
     """Open standard output; or a file, which appears when the block has ended, and never if an error ends it.
-
-    Ctrl-C leaves what was written beside it.
 
     What is written lies beside it until then, by a name of its own: another run may be writing the same file.
 
     overwrite: replace a file that has come meanwhile; else it stays, and what was written stays beside it
+    parts: what was written when something else ended the block, for people, if that is of use: it then stays beside it
 
     Raises:
         RunError: the file cannot be written, or has come meanwhile.
     """
     if path is None:
+        if sys.stdout is None:
+            raise ConfigError("standard output is closed, where the rows would go; open it, or give --output FILE")
         with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as stdout:
             yield Output(stdout, "standard output")
         return
     beside = f"{path}.{uuid4().hex[:8]}.tmp"
+    output = None
     try:
         with naming_fault(path):
             file = open(beside, "xb")  # noqa: SIM115, closed below
         with file:
-            yield Output(file, path)
+            output = Output(file, path)
+            yield output
             with naming_fault(path):
                 file.flush()
                 os.fsync(file.fileno())
-    except KeyboardInterrupt as error:  # hours of rows may lie there
-        with suppress(OSError):
-            if os.path.getsize(beside):
-                raise KeyboardInterrupt(f"{error}; the rows written so far lie in {beside}") from error
-            os.remove(beside)
-        raise
-    except BaseException:
-        with suppress(OSError):
-            os.remove(beside)
+    except BaseException as error:
+        kept = parts and output is not None and not output.failed and os.path.getsize(beside)  # hours may lie in it
+        if not kept:
+            with suppress(OSError):
+                os.remove(beside)
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"{error}; {parts} lie in {beside}") from error
+        tell(f"{parts} lie in {beside}")
         raise
     if not overwrite and os.path.lexists(path):
         raise RunError(f"{path} has come meanwhile, and stays; what was written lies in {beside}")

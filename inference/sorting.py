@@ -4,11 +4,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
+from uuid import uuid4
 
 from inference.predictions import Prediction
 from learning.checkpoint import UNFINISHED
+
+LONGEST = 255  # bytes of a file's name
 
 
 class Sorter:
@@ -24,6 +27,7 @@ class Sorter:
     def __init__(self, folder: str, classes: Sequence[str], by: str):
         self.places = [os.path.join(folder, name) for name in folder_names(classes)]
         self.by = by
+        self.own = uuid4().hex[:8]  # of its unfinished copies, so that another program may fill the same folder
 
     def put(self, prediction: Prediction, number: int) -> bool:
         """Put an image into its folder; leave one that could not be read. Return False if it has gone since it was read.
@@ -37,33 +41,63 @@ class Sorter:
             return True
         place = self.places[prediction.classes[0]]
         os.makedirs(place, exist_ok=True)
-        name = next(
-            name for name in names_like(prediction.path, number) if not os.path.lexists(os.path.join(place, name))
-        )
-        to = os.path.join(place, name)
-        if self.by == "link":
-            os.symlink(os.path.abspath(prediction.path), to)
-            return True
-        unfinished = os.path.join(place, f".{number}{UNFINISHED}")
         try:
-            shutil.copy2(prediction.path, unfinished)
-            os.rename(unfinished, to)
-        except BaseException as error:
-            with suppress(OSError):
-                os.remove(unfinished)
-            if isinstance(error, FileNotFoundError) and error.filename == prediction.path:
-                return False
-            raise
+            with self.whole(prediction.path, place, number) as source:
+                for name in names_like(prediction.path, number):
+                    with suppress(FileExistsError):
+                        give_name(source, os.path.join(place, name), link=self.by == "link")
+                        break
+        except FileNotFoundError as error:
+            if error.filename != prediction.path:
+                raise
+            return False
         return True
+
+    @contextmanager
+    def whole(self, path: str, place: str, number: int) -> Iterator[str]:
+        """Make a whole copy of an image in a folder, for the time of the block; of a link only what it leads to is named."""
+        if self.by == "link":
+            yield os.path.abspath(path)
+            return
+        copy = os.path.join(place, f".{number}.{self.own}{UNFINISHED}")
+        try:
+            shutil.copy2(path, copy)
+            yield copy
+        finally:
+            with suppress(OSError):
+                os.remove(copy)
+
+
+def give_name(source: str, to: str, link: bool) -> None:
+    """Give a file a name that nothing has, or make a symbolic link to it.
+
+    Raises:
+        FileExistsError: something has that name.
+        OSError: it cannot be done.
+    """
+    if link:
+        os.symlink(source, to)
+        return
+    try:
+        os.link(source, to)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system that gives a file one name only
+        if os.path.lexists(to):
+            raise FileExistsError(to) from None
+        os.rename(source, to)
 
 
 def names_like(path: str, number: int) -> Iterator[str]:
-    """Yield names for a copy of `path`: its own, and such with the image's number."""
+    """Yield names for a copy of `path`: its own, and such with the image's number, cut to what a file system takes."""
     name = os.path.basename(path)
     yield name
     stem, ending = os.path.splitext(name)
     for again in count():
-        yield f"{stem}-{number}{f'-{again}' if again else ''}{ending}"
+        suffix = f"-{number}{f'-{again}' if again else ''}{ending}"
+        while len(os.fsencode(stem + suffix)) > LONGEST:
+            stem = stem[:-1]
+        yield stem + suffix
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:

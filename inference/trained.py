@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
-from learning.checkpoint import Checkpoint
 from learning.learner import build_model_of
 from learning.models import as_trained, check_name
+from learning.resume import find_whole
 from learning.weights import read_weights
 from presets import test_preset
 from reporting.folder import BEST, CHECKPOINT, PLAN, RunFolder
@@ -128,12 +128,15 @@ def weights_of(folder: RunFolder, config: Config, which: str) -> tuple[dict[str,
         epoch = "" if confusion is None else f" of epoch {confusion[0] + 1}"
         top1 = None if confusion is None else float(100 * confusion[1].trace() / confusion[1].sum())
         return read_weights(config.model, folder.at(BEST)), f"best weights{epoch}", top1
-    if not folder.has(CHECKPOINT):
+    checkpoint, troubles = find_whole(folder.checkpoint)
+    if checkpoint is None and folder.has(CHECKPOINT):
+        raise ConfigError("; ".join(troubles))
+    if checkpoint is None:
         there = f"it has {BEST} alone" if folder.has(BEST) else "nothing was saved yet"
         raise ConfigError(f"{os.path.join(folder.path, CHECKPOINT)} is not there: {there}")
-    checkpoint = Checkpoint.load(folder.checkpoint)
     average, state = checkpoint.model_ema, checkpoint.state
-    told = f"last weights{' (EMA)' if average else ''}, after "
+    place = os.path.basename(checkpoint.read_from)
+    told = f"last weights{'' if place == CHECKPOINT else f' of {place}'}{' (EMA)' if average else ''}, after "
     if state.step:  # it was stopped, or crashed, inside an epoch, and has not evaluated these
         return average or checkpoint.model, told + f"{state.step} steps of epoch {state.epoch + 1}", None
     records = {record["epoch"]: record for record in folder.metrics()}

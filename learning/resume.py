@@ -70,22 +70,12 @@ def began_with(folder: str) -> str:
 
 
 def newest_whole(runtime: Runtime, own: str) -> Checkpoint | None:
-    """Read the newest whole checkpoint of a run; None if it has none.
-
-    One that was written to its end but not put in its place counts: it is the newest, where `own` is missing or damaged.
+    """Read the newest whole checkpoint of a run, and say so if it is not `own`; None if it has none.
 
     Raises:
         ConfigError: there are some, all of them damaged; processes read different ones.
     """
-    found, troubles = None, [] if os.path.exists(own) else [f"resume: no file {own}"]
-    for path in filter(os.path.exists, (own, own + UNFINISHED, previous_checkpoint(own))):
-        try:
-            found = Checkpoint.load(path)
-            check_whole(found)
-            break
-        except ConfigError as error:
-            found = None
-            troubles.append(str(error))
+    found, troubles = find_whole(own)
     state = found and (found.state.epoch, found.state.step)
     if runtime.from_main(state) != state:
         raise ConfigError(f"resume: process {runtime.rank} reads another checkpoint than process 0; see to its disk")
@@ -95,6 +85,22 @@ def newest_whole(runtime: Runtime, own: str) -> Checkpoint | None:
         kind = "was being written" if found.read_from == own + UNFINISHED else "is before it"
         runtime.say(f"{'; '.join(troubles)}; continuing from the one that {kind}")
     return found  # without one there is at most a first one, unfinished
+
+
+def find_whole(own: str) -> tuple[Checkpoint | None, list[str]]:
+    """Find the newest whole checkpoint of a run; return it, or None, and what is wrong with those before it.
+
+    One that was written to its end but not put in its place counts: it is the newest, where `own` is missing or damaged.
+    """
+    troubles = [] if os.path.exists(own) else [f"resume: no file {own}"]
+    for path in filter(os.path.exists, (own, own + UNFINISHED, previous_checkpoint(own))):
+        try:
+            found = Checkpoint.load(path)
+            check_whole(found)
+            return found, troubles
+        except ConfigError as error:
+            troubles.append(str(error))
+    return None, troubles
 
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:

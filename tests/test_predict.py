@@ -32,9 +32,9 @@ from inference import program
 from inference.gradcam import GradCam, last_feature_map
 from inference.inputs import below, names_of, names_on
 from inference.options import read_options
-from inference.predictions import check_size, predict
+from inference.predictions import Prediction, check_size, predict
 from inference.rows import opened
-from inference.sorting import folder_names
+from inference.sorting import Sorter, folder_names, give_name
 from inference.trained import open_run
 from learning.models import build_model
 from predict import run
@@ -264,6 +264,12 @@ def test_names_that_end_in_zero_bytes_and_names_that_are_none(tmp_path):
     for text, separator, wanted in (
         (b"a\nb\0c\r\0", b"\0", ["a\nb", "c\r"]),
         (b"\n\na", b"\n", ["a"]),
+        (
+            b"\xef\xbb\xbfa\r\n\xef\xbb\xbfb\r\n",
+            b"\n",
+            ["a", "\ufeffb"],
+        ),  # of Windows: the first mark is none of a name
+        (b"\xef\xbb\xbfa\0", b"\0", ["\ufeffa"]),
         (b"", b"\n", []),
     ):
         (tmp_path / "names").write_bytes(text)
@@ -271,6 +277,9 @@ def test_names_that_end_in_zero_bytes_and_names_that_are_none(tmp_path):
             assert list(names_on(file.fileno(), separator)) == wanted
     (tmp_path / "names").write_bytes(b"x" * 200_000)
     with open(tmp_path / "names", "rb") as file, pytest.raises(ConfigError, match="no list of names"):
+        list(names_on(file.fileno(), b"\n"))
+    (tmp_path / "names").write_bytes(b"a.png\0b.png\0")
+    with open(tmp_path / "names", "rb") as file, pytest.raises(ConfigError, match=r"zero bytes; .* add --null \(-0\)"):
         list(names_on(file.fileno(), b"\n"))
 
 
@@ -322,6 +331,44 @@ def test_a_file_of_rows_is_whole_or_not_there(two, tmp_path, capfd, monkeypatch)
     assert sorted(os.listdir(tmp_path)) == ["images", "rows.csv"]
 
 
+def test_rows_stay_where_something_else_ends_the_program(two, tmp_path, capfd, monkeypatch):
+    images, file = make_images(tmp_path / "images", ["a.png", "b.png", "c.png"]), tmp_path / "rows.csv"
+
+    def full(sorter, prediction, number):
+        if number == 3:
+            raise OSError(28, "No space left on device", "sorted/ant/c.png")
+
+    monkeypatch.setattr(program.Sorter, "put", full)
+    assert call(two, images, "--output", file, "--sort", tmp_path / "sorted") == 1
+    (beside,) = tmp_path.glob("rows.csv.*.tmp")
+    assert capfd.readouterr().err.splitlines()[1:] == [
+        f"the rows written so far lie in {beside}", "error: sorted/ant/c.png: No space left on device",
+    ]  # fmt: skip
+    assert [row["image"] for row in table(beside.read_text())] == [str(images / f"{name}.png") for name in "abc"]
+
+
+def test_of_rows_that_cannot_be_written_nothing_stays(tmp_path):
+    with pytest.raises(RunError, match="free some space there"), opened(str(tmp_path / "r"), parts="rows") as output:
+        output.write("one\n")
+        monkey = type("Full", (), {"write": lambda self, row: (_ for _ in ()).throw(OSError(28, "No space"))})
+        output.file = monkey()
+        output.write("two\n")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_gallery_that_is_interrupted_leaves_nothing_and_the_rows_are_whole(two, tmp_path, capfd, monkeypatch):
+    images, file = make_images(tmp_path / "images", ["a.png", "b.png"]), tmp_path / "rows.csv"
+
+    def interrupted(gallery):
+        yield from ()
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(program.Gallery, "cards", interrupted)
+    assert call(two, images, "--output", file, "--gallery", tmp_path / "page.html") == 3
+    assert capfd.readouterr().err.endswith("stopped: signal SIGINT\n")
+    assert sorted(os.listdir(tmp_path)) == ["images", "rows.csv"] and len(table(file.read_text())) == 2
+
+
 def test_two_that_write_the_same_file_leave_each_whole(tmp_path):
     path = tmp_path / "rows.csv"
     (tmp_path / "rows.csv.tmp").write_text("someone's own")
@@ -367,6 +414,39 @@ def test_images_of_one_name_and_class_are_kept_apart(two, tmp_path, capfd):
     assert call(two, images, "--sort", tmp_path / "sorted") == 0
     assert sorted(os.listdir(tmp_path / "sorted" / "ant")) == ["0-2.png", "0-3.png", "0.png"]
     assert len({path.read_bytes() for path in (tmp_path / "sorted").rglob("*.png")}) == 3
+
+
+def test_two_programs_that_fill_one_folder_lose_no_image(two, tmp_path):
+    folders = [make_images(tmp_path / name, ["x.png"]) for name in ("one", "other")]
+    sorters = [Sorter(str(tmp_path / "sorted"), ["ant", "bee"], "copy") for _ in folders]
+    predictions = [Prediction(str(folder / "x.png"), classes=(0,), probabilities=(1.0,)) for folder in folders]
+    place = tmp_path / "sorted" / "ant"
+    place.mkdir(parents=True)
+    with sorters[0].whole(predictions[0].path, str(place), 1) as copy:  # as far as one is when the other begins
+        assert sorters[1].put(predictions[1], 1)
+        with pytest.raises(FileExistsError):
+            give_name(copy, str(place / "x.png"), link=False)
+    assert sorters[0].put(predictions[0], 1)
+    assert sorted(os.listdir(place)) == ["x-1.png", "x.png"]
+    assert (place / "x.png").read_bytes() == (folders[1] / "x.png").read_bytes()
+    assert (place / "x-1.png").read_bytes() == (folders[0] / "x.png").read_bytes()
+
+
+def test_where_a_file_has_one_name_only_images_are_sorted_all_the_same(two, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    images = make_images(tmp_path / "images", ["x/0.png", "y/0.png"])
+    assert call(two, images, "--sort", tmp_path / "sorted") == 0
+    assert sorted(os.listdir(tmp_path / "sorted" / "ant")) == ["0-2.png", "0.png"]
+
+
+def test_names_as_long_as_a_file_system_takes_them_are_cut(two, tmp_path, capfd):
+    name = "é" * 125 + ".png"  # 254 bytes of at most 255
+    images = make_images(tmp_path / "images", [f"x/{name}", f"y/{name}"])
+    assert call(two, images, "--sort", tmp_path / "sorted") == 0
+    assert sorted(os.listdir(tmp_path / "sorted" / "ant")) == sorted(["é" * 124 + "-2.png", name])
 
 
 def test_an_image_that_goes_before_it_is_sorted_costs_itself_alone(two, tmp_path, capfd, monkeypatch):
@@ -474,11 +554,25 @@ def one_line(capfd):
     return told.err
 
 
+def test_standard_streams_that_are_closed(two, tmp_path, capfd, monkeypatch):
+    images = make_images(tmp_path / "images", ["a.png"])
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert call(two, images) == 2
+        assert capfd.readouterr().err.endswith(
+            "error: standard output is closed, where the rows would go; open it, or give --output FILE\n"
+        )
+    monkeypatch.setattr(sys, "stderr", None)
+    assert call(two, images, "--output", tmp_path / "rows.csv") == 0
+    assert len(table((tmp_path / "rows.csv").read_text())) == 1
+
+
 def test_mistakes_are_one_line(two, tmp_path, capfd):
     images = make_images(tmp_path / "images", ["a.png"])
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "rows.csv")
     for words, message in [
         (["RUN"], "the following arguments are required: IMAGES"),
         ([tmp_path, images], "holds no run: it has no config.yaml"),
@@ -498,6 +592,12 @@ def test_mistakes_are_one_line(two, tmp_path, capfd):
         ([two, images, "--output", tmp_path / "none" / "x.csv"], "is in no folder that is there"),
         ([two, images, "--gallery", tmp_path, "--overwrite"], "is no file"),
         ([two, images, "--output", "/dev/null", "--overwrite"], "is no file"),
+        ([two, images, "--output", tmp_path / "nowhere"], "is there already"),
+        ([two, images / "a.png", "--output", images / "a.png", "--overwrite"], "is one of the images"),
+        (
+            [two, images / "a.png", "--gallery", tmp_path / "images" / ".." / "images" / "a.png", "--overwrite"],
+            "is one of the images",
+        ),
         ([two, images, "--sort", tmp_path / "full"], "new or empty"),
         ([two, images, "--sort", images / "sorted"], "lies in"),
         ([two, images, "--output", ""], "--output was given an empty name"),

@@ -51,6 +51,25 @@ def test_last_weights_and_temperature(run, tmp_path):
         (run / "summary.json").write_text(json.dumps(summary))
 
 
+def test_last_weights_where_a_kill_fell_between_two_renames(run, tmp_path):
+    """Or the newest is damaged: as a run would go on."""
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    (own / "checkpoint.pth").rename(own / "checkpoint_previous.pth")
+    assert (
+        open_run(str(own), device="cpu", weights="last").weights
+        == "last weights of checkpoint_previous.pth, after epoch 2"
+    )
+    (own / "checkpoint.pth").write_bytes(b"nothing whole")
+    assert (
+        open_run(str(own), device="cpu", weights="last").weights
+        == "last weights of checkpoint_previous.pth, after epoch 2"
+    )
+    (own / "checkpoint_previous.pth").unlink()
+    with pytest.raises(ConfigError, match=r"checkpoint\.pth is damaged"):
+        open_run(str(own), device="cpu", weights="last")
+
+
 def test_of_a_run_with_an_average_the_last_weights_are_those_of_the_average(run, tmp_path):
     tree = run.parent / "images"
     flags = ["--epochs", "1", "--model-ema", "--model-ema-steps", "1", "--model-ema-decay", "0.99"]
