@@ -277,7 +277,10 @@ def make_plan(config: Config) -> Plan:
         tuned_layers(model)
     set_drop_rates(model, stages[0])  # all stages set the same ones
     counted = COUNTED.setdefault(config.model, {})
-    plan = plan_of(config, stages, gflops_per_image(model, [stage.image_size for stage in stages], counted))
+    sizes = [stage.image_size for stage in stages]
+    # Also the test size, which a model that takes one size only may refuse: after an epoch that would be lost.
+    *gflops, _ = gflops_per_image(model, [*sizes, config.val_crop_size], counted)
+    plan = plan_of(config, stages, gflops)
     if config.start_epoch >= plan.last.epochs.stop:
         raise ConfigError(
             f"start_epoch {config.start_epoch} is not below the {plan.last.epochs.stop} epochs of the stages"

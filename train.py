@@ -48,12 +48,12 @@ from learning.resume import check_data, check_store, find_checkpoint, most_on_de
 from learning.scores import NonFiniteLoss, Score, TrainingLoss, keep_outputs
 from learning.state import RunState
 from learning.stop import Stop, interruptible
-from learning.weights import read_weights
+from learning.weights import preset_doubt, read_weights
 from reporting.folder import RunFolder, check_folder
 from reporting.log import Dashboard, FolderLog, RunLog
 from reporting.progress import Progress
 from reporting.records import cpu_seconds
-from settings.errors import ConfigError, first_line, process_rank, tell
+from settings.errors import ConfigError, first_line, outside_training, process_rank, tell
 from settings.resolve import doubts
 from settings.table import Config
 from stages import Plan, StageScheduler, make_plan, plan_of, plan_stages
@@ -77,7 +77,7 @@ def main(config: Config, runtime: Runtime, dashboard: Dashboard, at_end: ExitSta
     dashboard.ask_to_stop = stop.ask
     plan = make_plan(config)
     learning_rate = LearningRate(config, plan.stages)
-    for doubt in doubts(config, learning_rate.span):
+    for doubt in doubts(config, learning_rate.span, runtime.world_size > 1):
         runtime.say(f"warning: {doubt}")
     folder = check_folder(config)
     if not config.test_only:
@@ -87,7 +87,7 @@ def main(config: Config, runtime: Runtime, dashboard: Dashboard, at_end: ExitSta
         folder.mend_best(checkpoint, plan.num_epochs, runtime)
         stop.resumable = True
     check_folders(config)  # before weights are fetched
-    weights = read_weights(config.model, config.weights) if config.weights and checkpoint is None else None
+    weights = read_weights(config.model, config.weights, runtime) if config.weights and checkpoint is None else None
 
     # Data, model, and what changes with every step
     data = load_data(config, runtime)
@@ -139,9 +139,8 @@ def main(config: Config, runtime: Runtime, dashboard: Dashboard, at_end: ExitSta
             log.begin_stage(stage)
             loader = scheduler.enter(stage)
             if stage.finetune and (state.epoch, state.step) == (stage.epochs.start, 0):
-                learner.unify(
-                    state.better or state.best_weights
-                )  # what is fine-tuned is the better of the model and its average
+                # What is fine-tuned is the better of the model and its average.
+                learner.unify(state.better or state.best_weights)
             learner.enter_stage(stage.image_size, loader.batch_sizes, loader.soft_classes, stage.finetune)
             for epoch in range(max(stage.epochs.start, state.epoch), stage.epochs.stop):
                 progress = Progress(
@@ -196,6 +195,7 @@ def train_one_epoch(
     """
     runtime, ema = learner.runtime, learner.ema
     losses = TrainingLoss(state, runtime, progress.title)
+    # Of the last step taken: it is what the epoch's record reads, also of one that is resumed with no step left.
     set_learning_rate(learner.optimizer, learning_rate(state.epoch + max(state.step - 1, 0) / len(loader)))
     if ema is not None:
         ema.begin_epoch(loader.images_per_step, learning_rate.num_epochs, learning_rate.warming_up(state.epoch))
@@ -232,15 +232,16 @@ def evaluate(
 
     They take one pass together, on all processes; each image is counted once.
 
-    Returns: scores by copy; none if asked to stop meanwhile, for which the time budget does not count.
+    stop: keeps for later why workers failed; without one that is raised
+
+    Returns: scores by copy; none if `stop` asked to stop meanwhile, for which the time budget does not count.
     """
-    stop = stop or Stop(runtime)
     scores = {name: Score(runtime) for name in copies}
     for model in copies.values():
         share_buffers(model, runtime).eval()
     num_shared = batches_of_all(loader, runtime)  # at which processes agree on whether to stop
-    for step, (images, targets) in enumerate(stop.while_they_come(loader)):
-        if step < num_shared and stop(step, budget=False):
+    for step, (images, targets) in enumerate(loader if stop is None else stop.while_they_come(loader)):
+        if stop is not None and step < num_shared and stop(step, budget=False):
             return {}
         images = images.to(runtime.device, non_blocking=True, memory_format=runtime.memory_format)
         targets = targets.to(runtime.device, non_blocking=True)
@@ -249,7 +250,7 @@ def evaluate(
                 output = model(images)  # (N, K)
                 loss = criterion(output, targets)
             scores[name].add(output, targets, loss)
-    if stop.failure is not None:
+    if stop is not None and stop.failure is not None:
         return {}
     return {name: score.gather() for name, score in scores.items()}
 
@@ -290,6 +291,9 @@ def evaluate_outcome(
 
 def test(config: Config, data: Data, learner: Learner) -> int:
     """Evaluate the model and print its scores; write nothing."""
+    doubt = preset_doubt(config)
+    if doubt is not None:
+        learner.runtime.say(f"warning: {doubt}")
     with closing_loader(eval_loader(config, data, learner.runtime, config.val_crop_size)) as loader:
         scores = evaluate(learner.copies, loader, learner.criterion, learner.runtime)
     for name, score in scores.items():
@@ -350,6 +354,8 @@ def run(argv: Sequence[str]) -> int:
 def told(error: Exception, config: Config | None) -> str:
     """Say in one line what an error was and what helps; keep its traceback, or show it with `debug`."""
     line = one_line(error)
+    if line is not None and config is not None and config.test_only:
+        line = outside_training(line)
     if config is not None and config.debug:
         traceback.print_exc()
     elif line is None and config is not None:

@@ -81,6 +81,8 @@ def drawing_from(*key: int) -> Iterator[None]:
 
 # Keys of generators end in what they are for, so that no two uses share a stream:
 # (seed, epoch, index, repeat, SAMPLE), (seed, epoch, step, rank, STEP or MIX), (seed, epoch, ORDER), (seed, index, HALF).
+# The draws of batches (augment/draws.py) are hashes of (seed, epoch, index, repeat, column) themselves, no generators: a
+# few of these keys are also a generator's, whose stream has nothing to do with the hash that it begins from.
 SAMPLE, STEP, MIX, ORDER, HALF = range(1, 6)
 
 # ---- processes, device, precision ----
@@ -356,7 +358,7 @@ def find_device(name: str, local_rank: int) -> torch.device:
             f"device {device}: this machine has {torch.cuda.device_count()} CUDA device(s), numbered from 0; start no "
             "more processes on it than that"
         )
-    if device.type not in there or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
+    if device.type not in there:
         raise ConfigError(f"device {name} is not on this machine; accepted here: auto, {', '.join(there)}")
     return device
 

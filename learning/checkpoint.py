@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, written so that a crash leaves a whole one, read without unpickling code."""
 
+import argparse
 import errno
 import os
 import zipfile
@@ -135,7 +136,8 @@ def read_safely(path: str) -> Any:
             if file.read(2) == b"PK":
                 check_parts(file)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # the settings in checkpoints of the reference
+                return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # what zipfile and torch raise on a damaged file varies with the damage

@@ -27,7 +27,7 @@ from learning.state import RunState
 from learning.stop import Stop
 from learning.throughput import SHARE
 from settings.errors import ConfigError
-from settings.table import Config
+from settings.table import DEFAULTS, Config
 from settings.values import every, seconds
 from utils import Runtime
 
@@ -117,7 +117,9 @@ def with_lengths(config: Config, lengths: Sequence[int], before: LearningRate) -
     if config.stage_rule == "compute":  # whose sizes are the paper's, and whose lengths these are
         changes["stage_rule"] = "paper"
     if config.lr_warmup_epochs:
-        changes["lr_warmup_epochs"] = max(1, round(config.lr_warmup_epochs * share))
+        changes["lr_warmup_epochs"] = round(config.lr_warmup_epochs * share)
+        if not changes["lr_warmup_epochs"]:  # a whole epoch of it would be most of so short a run, at a hundredth of lr
+            changes |= {name: DEFAULTS[name] for name in ("lr_warmup_method", "lr_warmup_decay")}
     if config.lr_scheduler == "steplr":
         changes["lr_step_size"] = max(1, round(config.lr_step_size * share))
     if config.lr_scheduler == "exponentiallr":

@@ -15,7 +15,7 @@ from learning.balance import WeightedLoss
 from learning.checkpoint import Checkpoint, Stateful, to_cpu, undone
 from learning.ema import EMA
 from learning.graphs import StepGraphs, forget_gradients
-from learning.models import as_trained, build_model, tuned_layers
+from learning.models import build_model, tuned_layers
 from learning.optim import build_optimizer
 from learning.state import RunState
 from settings.errors import ConfigError, first_line
@@ -235,8 +235,6 @@ class Learner:
                 self.lay_out_moments()
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"resume: the checkpoint does not fit these settings: {first_line(error)}") from error
-        for copy in self.copies.values():
-            as_trained(copy, published=checkpoint.config.get("weights") is not None)
         if checkpoint.scaler and to_train:
             self.runtime.scaler.load_state_dict(checkpoint.scaler)
         if self.ema is not None:
@@ -257,7 +255,7 @@ def build_model_of(
     config: Config, num_classes: int, weights: dict[str, Tensor] | None, runtime: Runtime
 ) -> tuple[nn.Module, str]:
     """Build the model of a run, on the device, and a line that says what of `weights` it holds."""
-    model, loaded = build_model(config.model, num_classes, weights, config.bn_momentum)
+    model, loaded = build_model(config.model, num_classes, weights, config.bn_momentum, new_head=not config.test_only)
     return model.to(runtime.device).to(memory_format=runtime.memory_format), loaded  # type: ignore[call-overload]
 
 

@@ -1,7 +1,7 @@
 """Models by name: every torchvision classifier, and the EfficientNetV2 sizes torchvision lacks.
 
-Also what a run does to a model: weights by name or file onto a head of another class count, drop
-rates changed in place, arithmetic per image.
+Also what a run does to a model: weights onto a head of another class count, drop rates changed in place, the layers
+that fine-tuning trains.
 """
 
 import difflib
@@ -165,28 +165,34 @@ def evaluate_precisely(model: nn.Module, num_classes: int) -> None:
 
 
 def build_model(
-    name: str, num_classes: int, weights: dict[str, Tensor] | None = None, bn_momentum: float | None = None
+    name: str,
+    num_classes: int,
+    weights: dict[str, Tensor] | None = None,
+    bn_momentum: float | None = None,
+    new_head: bool = True,
 ) -> tuple[nn.Module, str]:
     """Build the model, and a line that says what of `weights` (of `read_weights`) it holds.
 
     The head is made for `num_classes` and keeps its Dropout. Auxiliary heads (GoogLeNet, Inception)
     are left out: training sees one output.
 
+    new_head: False refuses weights of another class count
+
     Raises:
         ConfigError: weights of another architecture; no batch norm to give a momentum.
     """
     kwargs: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        kwargs.update(aux_logits=False, init_weights=True)
-    if weights is not None and name in ("googlenet", "inception_v3"):
-        kwargs.update(transform_input=True)  # their published weights expect it
+        # Their published weights expect images normalised anew inside; from random weights it is done as well, so that
+        # what a file of weights expects does not depend on what its run began with.
+        kwargs.update(aux_logits=False, init_weights=True, transform_input=True)
     model = get_model(name, weights=None, num_classes=num_classes, **kwargs)
     remember_depth_shares(model)
     if isinstance(model, EfficientNet):
         shrink_head(model, num_classes)
     loaded = f"{name}: random weights"
     if weights is not None:
-        loaded = f"{name}: {load_weights(model, name, weights, num_classes)}"
+        loaded = f"{name}: {load_weights(model, name, weights, num_classes, new_head)}"
     evaluate_precisely(model, num_classes)
     if bn_momentum is not None:
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -195,16 +201,6 @@ def build_model(
         for norm in norms:
             norm.momentum = bn_momentum
     return model, loaded
-
-
-def as_trained(model: nn.Module, published: bool) -> nn.Module:
-    """Have a GoogLeNet or Inception see images normalised as in its training; `build_model` goes by whether it has weights.
-
-    published: the run began with weights; those that are published began on images normalised otherwise
-    """
-    if hasattr(model, "transform_input"):
-        model.transform_input = published  # type: ignore[assignment]
-    return model
 
 
 def build_on_meta(name: str, num_classes: int = 1000) -> nn.Module:

@@ -18,6 +18,9 @@ from settings.sources import read_yaml
 from settings.table import BEFORE, LAUNCH, PLACE, Config, plain
 from utils import Runtime
 
+# What an evaluation depends on, besides the weights.
+EVALUATION = ("val_resize_size", "val_crop_size", "interpolation", "backend", "use_v2", "model_ema", "label_smoothing")
+
 
 def find_checkpoint(config: Config, runtime: Runtime, own: str, num_epochs: int) -> tuple[Config, Checkpoint | None]:
     """Find the checkpoint that the run continues from.
@@ -53,7 +56,7 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str, num_epochs: int)
                 f"weights {config.weights} has no effect with resume {config.resume}, whose run began with {weights or 'none'}; "
                 "leave one of them out"
             )
-        config = replace(config, weights=weights)  # by which a GoogLeNet or Inception knows its images' normalisation
+        config = replace(config, weights=weights)  # so that its record says what it began with
     if checkpoint is None:
         if config.test_only and not config.weights:
             raise ConfigError(f"resume: no run in {config.output_dir} to evaluate")
@@ -153,6 +156,9 @@ def check_same(config: Config, runtime: Runtime, checkpoint: Checkpoint, num_epo
                 "--config; to start another run from its weights use --weights"
             )
     if config.test_only:
+        listed = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in differing if name in EVALUATION)
+        if listed:
+            runtime.say(f"evaluating {checkpoint.read_from} with other settings than its run: {listed}")
         return
     if config.resume == "auto":
         if differing:

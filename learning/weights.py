@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
+from augment.pixels import IMAGENET_MEAN, IMAGENET_STD
 from learning.checkpoint import Damaged, read_safely
 from settings.errors import ConfigError, first_line
+from settings.table import Config
+from utils import Runtime
+
+VIT_SIZE = 224  # pixels; torchvision's default, and the one size that its vision transformers then take
 
 
 def find_weights(name: str, weights: str) -> Any:
@@ -28,6 +33,7 @@ def find_weights(name: str, weights: str) -> Any:
         members = []
     for member in members:
         if weights in (member.name, str(member)):
+            check_size(name, member)
             return member
     if members and weights == "DEFAULT":
         return get_model_weights(name).DEFAULT
@@ -35,15 +41,28 @@ def find_weights(name: str, weights: str) -> Any:
     raise ConfigError(f"weights {weights!r} is neither a file nor weights of {name} (it has {known})")
 
 
-def read_weights(name: str, weights: str) -> dict[str, Tensor]:
+def check_size(name: str, member: Any) -> None:
+    """Raise ConfigError for weights of a transformer that was built for another image size than ours: 384 or 512 px."""
+    height, _ = member.meta["min_size"]
+    if name.startswith("vit") and height != VIT_SIZE:
+        raise ConfigError(
+            f"weights {member} are for images of {height} px alone, and {name} is built for {VIT_SIZE} here; take others"
+        )
+
+
+def read_weights(name: str, weights: str, runtime: Runtime | None = None) -> dict[str, Tensor]:
     """Read a state dict from a file or from torchvision.
 
-    A file is a bare state dict, or a checkpoint, of which `model_ema` or else `model` is taken.
+    A file is a bare state dict, or a checkpoint, of which `model_ema` or else `model` is taken; also one of torchvision's
+    reference.
+
+    runtime: of several processes that all call this; one of each machine fetches what is not there
 
     Raises:
         ConfigError: not a file of weights, or it cannot be fetched.
     """
-    path = weights if os.path.isfile(weights) else fetch(find_weights(name, weights))
+    runtime = runtime or Runtime(device=torch.device("cpu"))
+    path = runtime.on_each_machine(lambda: weights if os.path.isfile(weights) else fetch(find_weights(name, weights)))
     try:
         state = read_safely(path)
     except (Damaged, OSError) as error:
@@ -51,9 +70,33 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
         raise ConfigError(f"weights: {path} is not a file of weights that loads safely ({reason})") from error
     if isinstance(state, dict):
         state = next((state[key] for key in ("model_ema", "model") if isinstance(state.get(key), dict)), state)
+    if isinstance(state, dict) and "n_averaged" in state:  # of torch's AveragedModel, which the reference saves whole
+        state = {str(key).removeprefix("module."): value for key, value in state.items() if key != "n_averaged"}
     if not isinstance(state, dict) or not state or not all(map(is_weight, state.keys(), state.values())):
         raise ConfigError(f"weights: {weights} holds no state dict")
     return state
+
+
+def preset_doubt(config: Config) -> str | None:
+    """Say how images are made ready for torchvision's weights, if that is not what `config` does; None for other weights.
+
+    The reference takes the weights' own transform to evaluate them; here the settings say.
+    """
+    if config.weights is None or os.path.isfile(config.weights):
+        return None
+    member = find_weights(config.model, config.weights)
+    preset = member.transforms()
+    theirs = {
+        "val_resize_size": preset.resize_size[0],
+        "val_crop_size": preset.crop_size[0],
+        "interpolation": preset.interpolation.value,
+    }
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in theirs.items() if getattr(config, name) != value]
+    asked = f"{' '.join(flags)} evaluates them as they were published" if flags else ""
+    if (tuple(preset.mean), tuple(preset.std)) != (IMAGENET_MEAN, IMAGENET_STD):
+        other = f"images normalised by mean {preset.mean[0]:g} and deviation {preset.std[0]:g}, which no setting does"
+        asked = f"{asked} but for {other}" if asked else f"they were published with {other}"
+    return f"weights {member}: {asked}" if asked else None
 
 
 def is_weight(name: Any, value: Any) -> bool:
@@ -100,10 +143,14 @@ def hash_in(path: str) -> str:
     return found[1] if found else ""
 
 
-def load_weights(model: nn.Module, name: str, weights: dict[str, Tensor], num_classes: int) -> str:
+def load_weights(
+    model: nn.Module, name: str, weights: dict[str, Tensor], num_classes: int, new_head: bool = True
+) -> str:
     """Load the weights that fit; return a line that says what was loaded and what was not.
 
     Only a head of another class count and auxiliary heads may stay out.
+
+    new_head: False refuses a head of another class count, where it would not be trained
 
     Raises:
         ConfigError: weights of another architecture, or that are no numbers.
@@ -120,6 +167,11 @@ def load_weights(model: nn.Module, name: str, weights: dict[str, Tensor], num_cl
     if misfits:
         raise ConfigError(
             f"weights are not of {name}: {len(misfits)} tensors are missing, unknown or of another shape, first {misfits[0]}"
+        )
+    if head and not new_head:
+        raise ConfigError(
+            f"weights have {len(state[max(head)])} outputs, the data {num_classes} classes; a new head would be evaluated "
+            "untrained, so give weights of these classes, or train (leave test_only out)"
         )
     # Refused, not warned of: each such tensor makes every output NaN, and none of them is ever trained to a number.
     broken = [key for key in own if key not in head and not state[key].isfinite().all()]

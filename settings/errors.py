@@ -33,9 +33,9 @@ class RunError(RuntimeError):
         return cls(f"{path}: {reason}; {REMEDIES.get(error.errno, 'see to the disk')}, then --resume auto continues")
 
 
-def outside_training(error: RunError) -> str:
+def outside_training(error: RunError | str) -> str:
     """Return an error's message without how a training goes on after it, for programs that train nothing."""
-    return re.sub(r"[;,] (then )?--resume auto continues$", "", str(error))
+    return re.sub(r"[;,] (then )?--resume auto continues( from the last checkpoint)?$", "", str(error))
 
 
 REMEDIES: dict[int | None, str] = {
@@ -92,13 +92,18 @@ def first_line(error: Exception) -> str:
 
 
 def process_rank(world_size: int = 1) -> int:
-    """Find which of a run's processes this one is, by what launched it: torchrun, or, with that `world_size`, srun."""
-    rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if world_size > 1 else None) or "0"
+    """Find which of a run's processes this one is, by what launched it: torchrun, or, with that `world_size`, srun.
+
+    A RANK without a WORLD_SIZE is not torchrun's: `utils.start_runtime` makes no process group of it either.
+    """
+    rank = os.environ.get("RANK") if "WORLD_SIZE" in os.environ else None
+    rank = rank or (os.environ.get("SLURM_PROCID") if world_size > 1 else None) or "0"
     return int(rank) if rank.isdigit() else 0
 
 
 def tell(error: Exception | str) -> None:
     """Print an error, or a line that says what happened, on stderr; of several processes, also say which it was."""
-    rank = process_rank()
+    tasks = os.environ.get("SLURM_NTASKS", "1")  # of srun, before it is known whether they are one run
+    rank = process_rank(int(tasks) if tasks.isdigit() else 1)
     line = printable(error if isinstance(error, str) else f"error: {error}")
     print(f"{f'[rank {rank}] ' if rank else ''}{line}", file=sys.stderr)

@@ -10,19 +10,16 @@ from typing import Any
 
 from settings.errors import ConfigError
 from settings.sources import convert_all, read_command_line, read_yaml
-from settings.table import BEFORE, DEFAULTS, RA_SCALE_END, SCHEDULES, SETTINGS, Config, show
+from settings.table import BEFORE, DEFAULTS, SCHEDULES, SETTINGS, Config, show
 from settings.values import every, seconds
 
 RUN_SETTINGS = "config.yaml"  # in a run's folder: what it was made with
 FORECAST = "report/forecast.json"  # there, of a run that was fitted to a time
+# What was chosen for it.
 FITTED = (
-    "epochs",
-    "stage_epochs",
-    "stage_rule",
-    "lr_warmup_epochs",
-    "lr_step_size",
-    "lr_gamma",
-)  # what was chosen for it
+    "epochs", "stage_epochs", "stage_rule",
+    "lr_warmup_epochs", "lr_warmup_method", "lr_warmup_decay", "lr_step_size", "lr_gamma",
+)  # fmt: skip
 
 
 def resolve(
@@ -128,10 +125,11 @@ def check(config: Config) -> None:
     check_run(config)
 
 
-def doubts(config: Config, span: int) -> list[str]:
+def doubts(config: Config, span: int, several: bool) -> list[str]:
     """List what is likely a mistake in settings that can be carried out all the same.
 
     span: epochs that the learning rate's schedule has (`LearningRate.span`)
+    several: processes train together
     """
     found = []
     if config.lr_warmup_epochs >= span:
@@ -143,6 +141,8 @@ def doubts(config: Config, span: int) -> list[str]:
     if config.finetune_size not in (None, config.val_crop_size):
         sizes = f"finetune_size {config.finetune_size} with val_crop_size {config.val_crop_size}"
         found.append(f"{sizes}: the classifier is fitted to another size than it is evaluated at")
+    if config.sync_bn and not several:
+        found.append("sync_bn has no effect in one process, whose batch norm sees the whole batch")
     return found
 
 
@@ -197,11 +197,6 @@ def check_training(config: Config) -> None:
 
 def check_images(config: Config) -> None:
     """Check settings of augmentation, crops and the decode cache against each other."""
-    end = RA_SCALE_END[config.ra_scale]
-    if max(config.ra_magnitude) > end:
-        raise ConfigError(
-            f"ra_magnitude {max(config.ra_magnitude):g} is above the end of ra_scale {config.ra_scale} ({end:g})"
-        )
     if len(config.train_crop_scale) != 2 or config.train_crop_scale[0] > config.train_crop_scale[1]:
         raise ConfigError(f"train_crop_scale takes smallest and largest share, got {show(config.train_crop_scale)}")
     if config.augment_size is not None and config.augment_size < int(max(config.train_crop_size)):
@@ -240,6 +235,10 @@ def check_run(config: Config) -> None:
         raise ConfigError("resume continues a run, overwrite starts again; give one of them")
     if config.resume not in ("", "auto") and not os.path.isfile(config.resume):
         raise ConfigError(f"resume: no file {config.resume}; give a checkpoint, or auto")
+    if config.start_epoch > 0 and config.resume not in ("", "auto"):
+        raise ConfigError(
+            f"start_epoch {config.start_epoch} has no effect with resume, whose checkpoint knows its own; leave it out"
+        )
     if config.test_only and not (config.weights or config.resume):
         raise ConfigError("test_only needs something to evaluate: --weights or --resume")
     if config.time_budget is not None:

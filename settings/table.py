@@ -79,7 +79,6 @@ POLICIES = ("ra", "ta_wide", "augmix", "imagenet", "cifar10", "svhn")
 # The least Beta(alpha, alpha) that torch draws from: below, both of the gamma draws that it divides round to 0 more and
 # more often, and the share is then one half, where it should be 0 or 1 (a quarter of the draws at 0.001, all at 1e-10).
 LEAST_ALPHA = 0.01
-RA_SCALE_END = {"torchvision": 30.0, "paper": 30.0}  # bins of 30; tenths, three times the range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +156,8 @@ class Config:
 
     # Augmentation
     auto_augment: str | None = setting(None, "policy: ra (RandAugment), ta_wide, augmix, or AutoAugment's imagenet, cifar10, svhn", kind="str", group="augmentation", choices=POLICIES, optional=True)
-    ra_magnitude: tuple[float, ...] = setting((9.0,), "strength of RandAugment, in the units of ra_scale", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="ra_magnitude", heading="RandAugment", absent="off", axis="RandAugment magnitude"), needs=("auto_augment", ("ra",)))
-    ra_scale: str = setting("torchvision", "torchvision: bins of 30, as the reference's recipes; paper: tenths of the range, may exceed 10 (15 rotates by 45 degrees)", kind="str", group="augmentation", choices=tuple(RA_SCALE_END), needs=("auto_augment", ("ra",)))
+    ra_magnitude: tuple[float, ...] = setting((9.0,), "strength of RandAugment, in the units of ra_scale", kind="floats", group="augmentation", interval="[0, 30]", scheduled=Schedule(field="ra_magnitude", heading="RandAugment", absent="off", axis="RandAugment magnitude"), needs=("auto_augment", ("ra",)))
+    ra_scale: str = setting("torchvision", "torchvision: bins of 30, as the reference's recipes; paper: tenths of the range, may exceed 10 (15 rotates by 45 degrees)", kind="str", group="augmentation", choices=("torchvision", "paper"), needs=("auto_augment", ("ra",)))
     augmix_severity: int = setting(3, "strength of augmix", kind="int", group="augmentation", interval="[1, 10]", needs=("auto_augment", ("augmix",)))
     random_erase: tuple[float, ...] = setting((0.0,), "probability of erasing a random rectangle", kind="floats", group="augmentation", interval="[0, 1]", scheduled=Schedule(field="random_erase", heading="erase", absent="off", axis="probability, alpha"))
     mixup_alpha: tuple[float, ...] = setting((0.0,), "mixup's Beta(alpha, alpha); 0 is off", kind="floats", group="augmentation", interval="[0, inf)", scheduled=Schedule(field="mixup_alpha", heading="mixup", absent="off", axis="probability, alpha", least=LEAST_ALPHA))

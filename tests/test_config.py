@@ -192,7 +192,7 @@ WRONG_FLAGS = [
     ("--stage-rule released", "stage_rule released has no effect with stages 1"),
     ("--image-size-multiple 500", "rounds down to 0"),
     ("--ra-magnitude 5", "ra_magnitude 5 has no effect with auto_augment unset; set auto_augment to ra"),
-    ("--auto-augment ra --ra-magnitude 31", "ra_magnitude 31 is above the end of ra_scale torchvision (30)"),
+    ("--auto-augment ra --ra-magnitude 31", "ra_magnitude must be in [0, 30], got 31"),
     ("--augmix-severity 5", "augmix_severity 5 has no effect"),
     ("--ra-reps 4", "ra_reps 4 has no effect with ra_sampler false"),
     ("--model-ema-decay 0.9", "has no effect with model_ema false"),
@@ -245,6 +245,12 @@ LATE = [  # found when the run starts, still before data is read
     ("--dropout 0.2", "dropout 0.2 has no effect: ResNet has no Dropout layer"),
     ("--stochastic-depth-prob 0.2", "has no effect: ResNet has no stochastic depth"),
     ("--model vit_b_16 --train-crop-size 128", "cannot take images of 128 px"),
+    ("--model vit_b_16 --val-crop-size 384 --val-resize-size 384", "cannot take images of 384 px"),
+    ("--model squeezenet1_1 --train-crop-size 32 --val-crop-size 8", "cannot take images of 8 px"),
+    (
+        "--model vit_b_16 --weights IMAGENET1K_SWAG_E2E_V1",
+        "are for images of 384 px alone, and vit_b_16 is built for 224 here",
+    ),
     ("--world-size 4", "4, but 1 process(es) were started"),
     ("--weights README.md --dataset digits", "is not a file of weights"),
     ("--data-path nowhere", "no folder nowhere/train"),
@@ -285,10 +291,23 @@ def test_numbers_that_people_write(text):
 
 def test_a_learning_rate_that_never_falls_is_doubted():
     """The reference's default steps are for 90 epochs."""
-    assert resolving.doubts(resolve([]), span=90) == []
-    assert resolving.doubts(resolve(["--epochs", "31"]), span=31) == []
-    (told,) = resolving.doubts(resolve(["--epochs", "30"]), span=30)
+    assert resolving.doubts(resolve([]), 90, several=False) == []
+    assert resolving.doubts(resolve(["--epochs", "31"]), 31, several=False) == []
+    (told,) = resolving.doubts(resolve(["--epochs", "30"]), 30, several=False)
     assert told == "lr_step_size 30 of 30 epochs: the learning rate never falls"
+
+
+def test_batch_norm_of_one_process_has_nobody_to_agree_with():
+    (told,) = resolving.doubts(resolve(["--sync-bn"]), 90, several=False)
+    assert told == "sync_bn has no effect in one process, whose batch norm sees the whole batch"
+    assert resolving.doubts(resolve(["--sync-bn"]), 90, several=True) == []
+
+
+def test_a_checkpoint_knows_where_its_run_stands(tmp_path):
+    (tmp_path / "checkpoint.pth").touch()
+    with pytest.raises(ConfigError, match="start_epoch 3 has no effect with resume, whose checkpoint knows its own"):
+        resolve(["--start-epoch", "3", "--resume", str(tmp_path / "checkpoint.pth")])
+    assert resolve(["--start-epoch", "3", "--resume", "auto"]).start_epoch == 3  # as the run began, by its config.yaml
 
 
 def test_off_is_a_word_though_yaml_reads_it_as_a_number_of_truth(tmp_path):
@@ -300,8 +319,8 @@ def test_off_is_a_word_though_yaml_reads_it_as_a_number_of_truth(tmp_path):
 
 def test_a_warm_up_without_end_is_doubted_not_refused(capsys, tmp_path):
     cosine = ["--lr-scheduler", "cosineannealinglr"]
-    assert resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "4", *cosine]), span=5) == []
-    (told,) = resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "5", *cosine]), span=5)
+    assert resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "4", *cosine]), 5, several=False) == []
+    (told,) = resolving.doubts(resolve(["--epochs", "5", "--lr-warmup-epochs", "5", *cosine]), 5, several=False)
     assert told == "lr_warmup_epochs 5 of 5 epochs: warm-up never ends, and lr_scheduler cosineannealinglr does nothing"
 
 

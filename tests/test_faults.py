@@ -307,6 +307,24 @@ def test_workers_that_are_gone_or_halted_end_the_run_saved(tree, whole, tmp_path
     assert_same_bits(checkpoint(out)["model"], checkpoint(whole)["model"])
 
 
+def test_workers_that_are_gone_in_an_evaluation_alone_are_told(tree, whole, tmp_path, monkeypatch, capsys):
+    """Not taken for an end without scores, of status 0."""
+    monkeypatch.setattr(images.workers, "LOOK_EVERY", 0.5)
+    at_call(monkeypatch, train.Score, "add", lambda: send_to_workers(signal.SIGKILL))
+    flags = ["--test-only", "--weights", whole / "model_best.pth", "--workers", "1", "--batch-size", "1"]
+    assert start(tree, tmp_path / "run", *flags) == 1
+    assert told(capsys).endswith("was killed; where no one did that, memory has run out: lower --workers")
+
+
+def test_workers_that_are_gone_in_the_closing_evaluation_are_told(tree, tmp_path, monkeypatch, capsys):
+    def gone(loader, runtime):
+        raise RunError("worker 7 was killed; lower --workers, then --resume auto continues")
+
+    at_call(monkeypatch, train, "evaluate_outcome", lambda: monkeypatch.setattr(train, "batches_of_all", gone))
+    assert start(tree, tmp_path / "run", "--val-crop-size", "32", "--train-crop-size", "40") == 1
+    assert told(capsys) == "error: worker 7 was killed; lower --workers, then --resume auto continues"
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
     [(signal.SIGKILL, "was killed; where no one did"), (signal.SIGSTOP, "no images for 1 s; process ")],
@@ -442,7 +460,12 @@ def test_evaluation_of_a_checkpoint_takes_its_weights_alone(whole, tree, tmp_pat
     flags = ["--test-only", "--resume", whole / "checkpoint.pth", "--opt", "rmsprop", "--norm-weight-decay", "0"]
     capsys.readouterr()
     assert start(tree, tmp_path / "none", *flags) == 0
-    assert f"top1 {metrics(whole)[-1]['top1']:.3f}" in capsys.readouterr().out and not (tmp_path / "none").exists()
+    printed = capsys.readouterr().out
+    assert f"top1 {metrics(whole)[-1]['top1']:.3f}" in printed and not (tmp_path / "none").exists()
+    assert "with other settings" not in printed
+    assert start(tree, tmp_path / "none", *flags, "--val-crop-size", "24", "--model-ema", "--lr", "7") == 0
+    told = "with other settings than its run: model_ema False -> True, val_crop_size 32 -> 24\n"
+    assert f"evaluating {whole / 'checkpoint.pth'} {told}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

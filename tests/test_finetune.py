@@ -59,12 +59,12 @@ def test_its_size_is_the_test_size_unless_another_is_given():
     assert plan_stages(resolve(flags))[-1].image_size == 112
     other = resolve([*flags, "--finetune-size", "100"])
     assert plan_stages(other)[-1].image_size == 100
-    (told,) = doubts(other, span=90)
+    (told,) = doubts(other, 90, several=False)
     assert (
         told
         == "finetune_size 100 with val_crop_size 112: the classifier is fitted to another size than it is evaluated at"
     )
-    assert doubts(resolve([*flags, "--finetune-size", "112"]), span=90) == []
+    assert doubts(resolve([*flags, "--finetune-size", "112"]), 90, several=False) == []
 
 
 def test_the_learning_rate_is_the_schedule_s_and_then_a_twentieth_or_as_given():

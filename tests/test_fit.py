@@ -69,10 +69,20 @@ def test_what_counts_epochs_keeps_its_proportion():
     config = fitted([4, 5], stages.replace("--epochs 40", "") + "--lr-scheduler exponentiallr --lr-gamma 0.9")
     assert config.lr_gamma == pytest.approx(0.9**10)  # 90 epochs were the default
     assert config.lr_warmup_epochs == 0 and config.fit_time is None
-    one = fitted([7], "--fit-time 1h --lr-warmup-epochs 1 --lr-scheduler cosineannealinglr")
-    assert (one.epochs, one.stage_epochs, one.lr_warmup_epochs) == (7, None, 1)
+    one = fitted([7], "--fit-time 1h --lr-warmup-epochs 8 --lr-scheduler cosineannealinglr")
+    assert (one.epochs, one.stage_epochs, one.lr_warmup_epochs) == (7, None, 1)  # 0.6 of an epoch
     again = resolve(["--epochs", "7", "--lr-warmup-epochs", "1", "--lr-scheduler", "cosineannealinglr"])
     assert one == again
+
+
+def test_a_run_of_few_epochs_does_not_spend_them_warming_up():
+    """5 of 90 epochs come to 0.06 of one: a whole one would be trained at a hundredth of the learning rate."""
+    flags = "--fit-time 1h --lr 0.5 --lr-scheduler cosineannealinglr --lr-warmup-epochs 5 --lr-warmup-method linear --lr-warmup-decay 0.02"
+    one = fitted([1], flags)
+    assert one == resolve(
+        "--epochs 1 --lr 0.5 --lr-scheduler cosineannealinglr".split()
+    )  # which resolve does not refuse
+    assert LearningRate(one, plan_stages(one))(0) == 0.5
 
 
 def test_a_fitted_run_of_equal_compute_has_its_lengths_written_out(tmp_path):
@@ -153,7 +163,7 @@ def test_a_fitted_run_is_the_run_of_its_config(images, tmp_path, of_three, capsy
     assert "of 600 s expected" in printed and "epoch 4/4" in printed  # the last of them fine-tunes, as it was given
     written = yaml.safe_load((out / "config.yaml").read_text())
     assert (written["epochs"], written["stage_epochs"], written["lr_step_size"]) == (3, [1, 2], 1)  # 30 of 90 epochs
-    assert written["lr_warmup_epochs"] == 1 and "fit_time" not in written  # 9 of 90: no less than one
+    assert written["lr_warmup_epochs"] == 0 and "fit_time" not in written  # 9 of 90 are 0.3 of an epoch
     summary = json.loads((out / "summary.json").read_text())["fit_time"]
     assert summary["asked"] == 600 and summary["lengths"] == [1, 2] and 0 < summary["taken"] < 600
     assert summary["error"] == pytest.approx(summary["taken"] / summary["forecast"] - 1)

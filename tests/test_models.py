@@ -1,5 +1,6 @@
 """Models: published sizes and costs, weights from files, drop rates set in place."""
 
+import argparse
 import hashlib
 from types import SimpleNamespace
 
@@ -10,9 +11,10 @@ from torch import nn
 from torchvision.models import get_model
 from torchvision.ops import StochasticDepth
 
+from learning.checkpoint import Checkpoint
 from learning.cost import gflops_per_image
 from learning.models import Classifier, available, build_model, check_name, set_dropout, set_stochastic_depth
-from learning.weights import fetch, find_weights, read_weights
+from learning.weights import fetch, find_weights, preset_doubt, read_weights
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from stages import make_plan
@@ -250,6 +252,56 @@ def test_own_weights_come_back(tmp_path, wrap):
         assert torch.equal(value, model.state_dict()[name]), name
     total = len(source.state_dict())
     assert told == f"{SMALL}: {total} of {total} tensors loaded"
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_checkpoint_of_torchvision_s_reference_gives_its_weights(tmp_path, average):
+    """It holds its settings as an argparse.Namespace, and an AveragedModel whole."""
+    source, _ = build_model(SMALL, 3)
+    content = {
+        "model": source.state_dict(),
+        "optimizer": {},
+        "epoch": 7,
+        "args": argparse.Namespace(lr=0.5, model=SMALL),
+    }
+    if average:
+        content["model"] = build_model(SMALL, 3)[0].state_dict()
+        content["model_ema"] = torch.optim.swa_utils.AveragedModel(source, use_buffers=True).state_dict()
+    path = saved(tmp_path, content)
+    read = read_weights(SMALL, path)
+    assert read.keys() == source.state_dict().keys()
+    assert all(torch.equal(value, read[name]) for name, value in source.state_dict().items())
+    with pytest.raises(ConfigError, match="not a checkpoint of this script; to start from its weights use --weights"):
+        Checkpoint.load(path)
+
+
+def test_a_head_that_nobody_would_train_is_refused():
+    state = build_model(SMALL, 7)[0].state_dict()
+    with pytest.raises(
+        ConfigError, match="weights have 7 outputs, the data 3 classes; a new head would be evaluated unt"
+    ):
+        build_model(SMALL, 3, state, new_head=False)
+    assert build_model(SMALL, 7, state, new_head=False)[1].endswith("tensors loaded")
+
+
+def test_how_published_weights_want_their_images_is_told():
+    def doubt(*flags):
+        return preset_doubt(resolve(["--test-only", *flags]))
+
+    assert doubt("--model", "resnet18", "--weights", "DEFAULT") is None  # 256, 224 px, bilinear: the defaults
+    assert doubt("--model", "resnet18", "--weights", "README.md") is None
+    small = ["--model", "efficientnet_v2_s", "--weights", "DEFAULT"]
+    told = "--val-resize-size 384 --val-crop-size 384 evaluates them as they were published"
+    assert doubt(*small) == f"weights EfficientNet_V2_S_Weights.IMAGENET1K_V1: {told}"
+    assert doubt(*small, "--val-resize-size", "384", "--val-crop-size", "384") is None
+    large = doubt("--model", "efficientnet_v2_l", "--weights", "DEFAULT")
+    assert "--val-resize-size 480 --val-crop-size 480 --interpolation bicubic evaluates" in large
+    assert large.endswith("but for images normalised by mean 0.5 and deviation 0.5, which no setting does")
+
+
+def test_a_googlenet_sees_its_images_alike_whatever_it_began_with():
+    """What a file of weights expects must not depend on what its run began with."""
+    assert build_model("googlenet", 2)[0].transform_input
 
 
 @pytest.mark.parametrize(("name", "head"), [

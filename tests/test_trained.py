@@ -9,10 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from runs import make_tree, start
-from torchvision.models import GoogLeNet
 
-from inference.trained import as_trained, open_run
-from learning.models import build_model
+from inference.trained import open_run
 from settings.errors import ConfigError
 
 
@@ -135,11 +133,3 @@ def test_weights_of_more_classes_than_have_names(run, tmp_path):
         ConfigError, match=r"have 2 outputs \(classifier.1.weight\), its report/plan.json names 1 classes"
     ):
         open_run(str(tmp_path / "run"), device="cpu")
-
-
-def test_a_googlenet_from_random_weights_takes_images_as_in_its_training():
-    built = build_model("googlenet", 2, {name: value for name, value in GoogLeNet(2, False, init_weights=False).state_dict().items()})[0]  # fmt: skip
-    assert built.transform_input  # as it is built with any weights
-    assert not as_trained(built, published=False).transform_input
-    assert as_trained(built, published=True).transform_input
-    assert not hasattr(as_trained(torch.nn.Identity(), published=True), "transform_input")

@@ -7,7 +7,7 @@ from small_models import CPU
 from torch import nn
 
 import utils
-from settings.errors import ConfigError, process_rank
+from settings.errors import ConfigError, process_rank, tell
 from settings.resolve import resolve
 from utils import (
     GOLDEN,
@@ -128,7 +128,19 @@ def test_srun_s_number_counts_where_the_run_has_several_processes(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "3")
     assert (process_rank(4), process_rank()) == (3, 0)
     monkeypatch.setenv("RANK", "2")
+    assert (process_rank(4), process_rank()) == (3, 0)  # a RANK alone is not torchrun's, and makes no group
+    monkeypatch.setenv("WORLD_SIZE", "4")
     assert (process_rank(4), process_rank()) == (2, 2)
+
+
+def test_an_error_says_which_of_several_processes_it_is_of(monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    tell("x")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    tell("x")
+    assert capsys.readouterr().err == "x\n[rank 3] x\n"
 
 
 def test_more_processes_than_gpus_is_an_error(two_gpus):
