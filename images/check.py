@@ -4,8 +4,8 @@
     python -m images.check data --all         # every file that is found, not the first twenty of each kind
 
 Every image is decoded, on all cores, so it takes as long as one epoch of reading. Found are files that cannot be read,
-tiny and huge images, classes of a single image, classes that only one split has, and equal files: in training and
-validation, or in two classes. Links are followed.
+tiny and huge images, hidden files that are taken for images, pictures of kinds that are left out, classes of a single
+image, classes that only one split has, and equal files: in training and validation, or in two classes. Links are followed.
 
 Exit status: 0 nothing was found; 1 something was; 2 wrong input; 3 the look was cut off, as by memory that ran out.
 """
@@ -27,6 +27,7 @@ from settings.errors import ConfigError, RunError, outside_training, printable, 
 TINY = 32  # pixels; images of a shorter side hold little that a network could see
 HUGE = 50_000_000  # pixels; the largest cameras. PIL warns of 89 million and refuses 179
 MOST = 20  # lines of a kind
+OTHER_PICTURES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".tga")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ def report(splits: dict[str, Looked]) -> dict[str, list[str]]:
         for kind, chosen in of_size.items():
             rows = np.flatnonzero(chosen).tolist()
             found[f"{split}: {kind}"] = [f"{looked.path(i)}: {'x'.join(map(str, looked.sizes[i]))}" for i in rows]
+        found[f"{split}: hidden, or made by a program, and taken for images"] = [
+            looked.path(i) for i in range(len(looked.files)) if is_hidden(os.fsdecode(looked.files.name(i)))
+        ]
+        found[f"{split}: pictures of a kind that is left out"] = left_out(looked.files.root)
         counts = np.bincount(looked.files.targets[area > 0], minlength=len(looked.classes))
         found[f"{split}: classes of a single image, or none that can be read"] = [
             looked.classes[number] for number in np.flatnonzero(counts < 2)
@@ -95,6 +100,21 @@ def report(splits: dict[str, Looked]) -> dict[str, list[str]]:
         found[f"classes that only one of {one} and {other} has"] = odd
         found[f"equal files in {one} and {other}"] = list(in_both(train, val))
     return {kind: lines for kind, lines in found.items() if lines}
+
+
+def is_hidden(name: str) -> bool:
+    """Check whether a path below a folder of images is hidden, or of those that macOS and network disks write themselves."""
+    return any(part.startswith((".", "@")) or part == "__MACOSX" for part in name.split("/"))
+
+
+def left_out(root: str) -> list[str]:
+    """List the files below `root` that are pictures to people, but whose ending is none that training takes."""
+    return [
+        os.path.join(folder, name)
+        for folder, _, names in sorted(os.walk(root))
+        for name in sorted(names)
+        if name.lower().endswith(OTHER_PICTURES) and not is_hidden(name)
+    ]
 
 
 def in_two_classes(looked: Looked) -> Iterable[str]:
@@ -117,14 +137,20 @@ def in_both(train: Looked, val: Looked) -> Iterable[str]:
             yield f"{train.path(place[at])} = {val.path(i)}"
 
 
-def find_splits(folder: str, names: Iterable[str]) -> dict[str, str]:
-    """Find the splits of a data set: the folders of these names, or, if there is none, the folder itself.
+def find_splits(folder: str, train: str | None, val: str | None) -> dict[str, str]:
+    """Find the splits of a data set: train/ and val/, or folders of other names, or, if there is none, the folder itself.
 
     Raises:
-        ConfigError: no such folder.
+        ConfigError: no such folder; no split of a name that was given.
     """
     if not os.path.isdir(folder):
         raise ConfigError(f"no folder {folder}; give the folder of a data set, as --data-path takes it")
+    for flag, name in (("--train-split", train), ("--val-split", val)):
+        if name is not None and not os.path.isdir(os.path.join(folder, name)):
+            raise ConfigError(
+                f"{flag} {name}: no such folder in {folder}; give the name of a folder there, or leave it out"
+            )
+    names = dict.fromkeys((train or "train", val or "val"))
     there = {name: os.path.join(folder, name) for name in names if os.path.isdir(os.path.join(folder, name))}
     return there or {os.path.basename(os.path.abspath(folder)): folder}
 
@@ -133,13 +159,13 @@ def main(argv: Sequence[str]) -> int:
     """Run the program; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m images.check", description="Look at a data set before a long run.")
     parser.add_argument("folder", metavar="DIR", help="folder of the data set, as --data-path takes it")
-    parser.add_argument("--train-split", default="train", metavar="TEXT", help="as train.py takes it (default: train)")
-    parser.add_argument("--val-split", default="val", metavar="TEXT", help="as train.py takes it (default: val)")
+    parser.add_argument("--train-split", metavar="TEXT", help="as train.py takes it (default: train)")
+    parser.add_argument("--val-split", metavar="TEXT", help="as train.py takes it (default: val)")
     parser.add_argument("--all", action="store_true", help=f"list all that is found, not the first {MOST} of each kind")
     options = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # not every terminal is UTF-8
     try:
-        roots = find_splits(options.folder, dict.fromkeys((options.train_split, options.val_split)))
+        roots = find_splits(options.folder, options.train_split, options.val_split)
         splits = {split: look(split, root) for split, root in roots.items()}
     except ConfigError as error:
         tell(error)
@@ -148,6 +174,8 @@ def main(argv: Sequence[str]) -> int:
         tell(f"error: {outside_training(error)}")
         return 3
     found = report(splits)
+    if len(roots) == 1 and options.folder not in roots.values():
+        print(f"only {', '.join(roots)} was looked at: {options.folder} has no other split of the names given")
     for kind, lines in found.items():
         print(f"{kind}: {len(lines)}")
         for line in lines if options.all else lines[:MOST]:

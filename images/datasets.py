@@ -1,9 +1,14 @@
 """Data sets by name: folders of images, Imagenette and Imagewoof, those of the Hub, handwritten digits."""
 
+import gzip
 import os
+import shutil
+import tarfile
 import tempfile
+import time
+import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -12,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import Imagenette
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.utils import download_url, extract_archive
 
 from images.encoded import EncodedImages
 from images.hub import check_hub, load_hub
 from images.listing import FileList, keep_listed, read_list, scan, write_list
+from images.locks import locked
 from images.verify import find_bad, open_image, unreadable
 from settings.errors import ConfigError, first_line, printable
 from settings.table import Config
@@ -170,6 +176,9 @@ WORDNET_NAMES = {
 }  # fmt: skip
 
 
+ASIDE = ".download-"  # begins the names of folders that downloads are unpacked in
+
+
 def fastai_tree(config: Config) -> str:
     """Find the folder of Imagenette or Imagewoof below data_path.
 
@@ -199,31 +208,49 @@ def download(config: Config) -> None:
     Raises:
         ConfigError: it cannot be fetched.
     """
-    from filelock import FileLock  # brings asyncio: most runs need not wait for it
-
     tree = fastai_path(config)
-    name, _, size = config.dataset.partition("-")
     if os.path.isdir(tree):
         return
-    lock = FileLock(f"{tree}.lock")
+    waiting = f"another run fetches {config.dataset} into {config.data_path}; waiting for it to finish"
     try:
         os.makedirs(config.data_path, exist_ok=True)
-        with suppress(NotImplementedError):  # a disk that knows no locks
-            lock.acquire()
-        if os.path.isdir(tree):  # by another run meanwhile
-            return
-        with tempfile.TemporaryDirectory(dir=config.data_path, prefix=".download-") as aside:
-            if name == "imagenette":
-                Imagenette(aside, split="train", size=size or "full", download=True)
-            else:  # torchvision has no Imagewoof; it lies beside Imagenette
-                url = f"https://s3.amazonaws.com/fast-ai-imageclas/{os.path.basename(tree)}.tgz"
-                download_and_extract_archive(url, aside)
-            os.replace(os.path.join(aside, os.path.basename(tree)), tree)
-    except (OSError, RuntimeError) as error:
+        with locked(f"{tree}.lock", waiting):
+            if os.path.isdir(tree):  # by another run meanwhile
+                return
+            remove_leftovers(config.data_path)
+            with tempfile.TemporaryDirectory(dir=config.data_path, prefix=ASIDE) as aside:
+                fetch(config, aside)
+                os.replace(os.path.join(aside, os.path.basename(tree)), tree)
+    except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
         reason = first_line(error)
         raise ConfigError(f"download: {config.dataset} cannot be fetched into {config.data_path}: {reason}") from error
-    finally:
-        lock.release()
+
+
+def fetch(config: Config, folder: str) -> None:
+    """Fetch Imagenette or Imagewoof and unpack it in `folder`.
+
+    Raises:
+        OSError, RuntimeError, EOFError, TarError, zlib.error: it cannot be fetched, or comes damaged.
+    """
+    name, _, size = config.dataset.partition("-")
+    if name == "imagenette":  # whose checksums torchvision knows
+        Imagenette(folder, split="train", size=size or "full", download=True)
+        return
+    archive = f"{os.path.basename(fastai_path(config))}.tgz"
+    download_url(f"https://s3.amazonaws.com/fast-ai-imageclas/{archive}", folder)  # beside Imagenette
+    path = os.path.join(folder, archive)
+    with gzip.open(path) as whole:  # to its end, where its checksum lies: unpacking stops before
+        while whole.read(2**20):
+            pass
+    extract_archive(path, folder)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove what downloads that were killed have left: folders aside that are more than a day old."""
+    for name in os.listdir(folder):
+        place = os.path.join(folder, name)
+        if name.startswith(ASIDE) and time.time() - os.path.getmtime(place) > 86_400:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def no_folder(root: str) -> ConfigError:
@@ -269,7 +296,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
         runtime.on_each_machine(partial(download, config))
     train, val = load_hub(config, runtime) if config.dataset == "hub" else load_trees(config, runtime)
     if len(val) < runtime.world_size:
-        raise ConfigError(f"{val.root} has {len(val)} images, too few for {runtime.world_size} processes")
+        raise ConfigError(f"{len(val)} validation image(s) are too few for {runtime.world_size} processes")
     return Data(train=train, val=val, skipped={"train": train.skipped, "val": val.skipped})
 
 
@@ -291,6 +318,8 @@ def load_trees(config: Config, runtime: Runtime) -> tuple[ImageTree, ImageTree]:
         raise ConfigError(
             f"{train_root} and {val_root} must hold the same class folders; only one has {', '.join(odd[:5])}"
         )
+    if config.train_list is not None:
+        check_listed(train, config.train_list)
     if runtime.is_main and (common := count_common(train.samples, val.samples)):
         # No error: to see whether a model can learn its training images by heart is a common test of a new data set.
         runtime.say(
@@ -298,6 +327,16 @@ def load_trees(config: Config, runtime: Runtime) -> tuple[ImageTree, ImageTree]:
             + printable(f"{val_root} are one folder; accuracy will say nothing about new images")
         )
     return train, val
+
+
+def check_listed(train: ImageTree, path: str) -> None:
+    """Raise ConfigError if a list of training images leaves a class without any."""
+    counts = np.bincount(train.targets, minlength=len(train.classes))
+    empty = [train.classes[number] for number in np.flatnonzero(counts == 0)]
+    if empty:
+        raise ConfigError(
+            f"{path} lists no image of {len(empty)} of {len(counts)} classes, such as {empty[0]}; add some"
+        )
 
 
 def count_common(one: FileList, other: FileList) -> int:

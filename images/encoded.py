@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from augment.pixels import to_rgb
-from images.verify import naming_damage
+from images.verify import naming_damage, of_machine
+from settings.errors import RunError
 
 
 class EncodedImages(ABC):
@@ -53,11 +54,14 @@ class EncodedImages(ABC):
 
         Raises:
             ConfigError: what the caller does with it fails, and the image turns out to be damaged.
+            RunError: the disk fails, or the system.
         """
         try:
             with self.open(index) as image:
                 yield image, int(self.targets[index])
-        except Exception:
+        except Exception as error:
+            if of_machine(error):
+                raise RunError.of_disk(error, self.describe(index)) from error
             with naming_damage(self.describe(index)), self.open(index) as image:
                 to_rgb(image)
             raise  # the image is sound, the fault is the caller's

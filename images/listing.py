@@ -1,5 +1,6 @@
 """The image files of a folder: found, listed in little memory, kept for the next start."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -223,7 +224,9 @@ def keep_listed(found: Found, path: str) -> Found:
     """
     try:
         with open(path, "rb") as file:
-            lines = [line.strip() for line in file]
+            lines = [
+                line.strip().removeprefix(b"./") for line in file.read().removeprefix(codecs.BOM_UTF8).split(b"\n")
+            ]
     except OSError as error:
         raise ConfigError(f"cannot read the list of images {path}: {error.strerror}") from error
     names = {line for line in lines if line and not line.startswith(b"#")}
@@ -233,7 +236,10 @@ def keep_listed(found: Found, path: str) -> Found:
     missing = names - {files.name(i) for i in kept} - bad.keys()
     if missing or not names:
         example = f", such as {os.fsdecode(min(missing))[:300]}" if missing else ""
-        raise ConfigError(f"{path} lists {len(names)} images, {len(missing)} of them not in {files.root}{example}")
+        raise ConfigError(
+            f"{path} lists {len(names)} images, {len(missing)} of them not in {files.root}{example}; a line is a path below "
+            "that folder, with /"
+        )
     chosen = files.choose(np.array(kept, np.int64))
     return replace(found, files=chosen, bad=[row for name, row in bad.items() if name in names])
 

@@ -19,7 +19,7 @@ class DrawSampler(Sampler[list[Draw]]):
 
     Counter-based: step s of an epoch is known without the steps before it, at any number of workers.
     Each epoch has every image once. The last step has what is left, as many for each process, at least two
-    (batch norm needs them); fewer than that are left out of this epoch.
+    (batch norm needs them, and two repeats are one image); fewer than that are left out of this epoch.
 
     exhausted: the current iteration has handed out its last step
     repeats: each image so many times in a row, dealt to different processes first; the epoch stays as long
@@ -37,7 +37,10 @@ class DrawSampler(Sampler[list[Draw]]):
         self.repeats = repeats
         self.start(0)
         rest = num_images % (batch_size * world_size) // world_size  # images per process in a last, shorter step
-        self.last_batch = rest if rest >= 2 or batch_size == 1 else 0
+        first = num_images // (batch_size * world_size) * batch_size * world_size
+        own = (range(first + of, first + rest * world_size, world_size) for of in range(world_size))
+        distinct = min(len({place // repeats for place in places}) for places in own)
+        self.last_batch = rest if distinct >= 2 or batch_size == 1 else 0
         self.num_steps = num_images // (batch_size * world_size) + (self.last_batch > 0)
         if self.num_steps == 0:
             raise ConfigError(

@@ -163,8 +163,8 @@ def build(path: str, images: EncodedImages, side: int, key: str, half: bool = Fa
         total=len(images), desc=f"decoding {split_name(images)}", unit="images", delay=1, leave=False, disable=None
     )
     try:
-        with open(temporary, "wb") as file, bar, closing_loader(batches):
-            hold(file)  # until it ends, however it ends
+        with open(temporary, "w+b") as file, bar, closing_loader(batches):
+            hold(file)  # until it ends, however it ends; NFS lets readers alone hold, so that it can be read, too
             file.truncate(HEADER)
             for rows in batches:
                 for i, *row in rows:

@@ -7,15 +7,17 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
 
 from images.datasets import Data
 from images.encoded import EncodedImages
+from images.locks import locked
 from images.store import HEADER, StoredImages, held, open_store
 from images.store_build import CannotStore, build, decode, estimate, origin, store_key, store_name
 from images.workers import processes_for
@@ -59,26 +61,14 @@ def store_halves(config: Config) -> bool:
     )
 
 
-@contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Let only one process at a time build in `folder`.
+def locked_folder(folder: str, wait: bool = True) -> AbstractContextManager[bool]:
+    """Let only one process at a time build in `folder`, as `locked` does.
 
-    Where files cannot be locked (some network disks) two runs may build the same file, and the later one replaces the
-    other's.
+    Where files cannot be locked two runs may build the same file, and the later one replaces the other's.
     """
-    from filelock import FileLock, Timeout  # brings asyncio: a plan or a mistake need not wait for it
-
-    lock = FileLock(os.path.join(folder, LOCK))
-    with suppress(OSError, NotImplementedError):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another run decodes images into {folder}; waiting for it to finish", flush=True)
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    return locked(
+        os.path.join(folder, LOCK), f"another run decodes images into {folder}; waiting for it to finish", wait
+    )
 
 
 def remove_outdated(path: str, images: EncodedImages) -> None:
@@ -107,10 +97,13 @@ def made_from(path: str) -> str | None:
 def remove_leftovers(folder: str) -> None:
     """Remove the unfinished stores in `folder` that no one builds any more: their builders were killed."""
     with suppress(OSError):
-        for name in os.listdir(folder):
-            place = os.path.join(folder, name)
-            with suppress(OSError):
-                if re.fullmatch(r".*\.images\.[0-9a-f]{8}", name, re.DOTALL):
+        names = [name for name in os.listdir(folder) if re.fullmatch(r".*\.images\.[0-9a-f]{8}", name, re.DOTALL)]
+        if not names:
+            return
+        with locked_folder(folder, wait=False) as alone:
+            for name in names if alone else ():  # else someone builds there just now
+                place = os.path.join(folder, name)
+                with suppress(OSError):
                     building = held(place)
                     if building is None:  # where files cannot be locked: it has not been written to for an hour
                         building = time.time() - os.path.getmtime(place) < 3600
@@ -187,8 +180,7 @@ def candidates(config: Config, roots: Sequence[str]) -> list[str]:
     """
 
     def among_images(folder: str) -> bool:
-        place = os.path.realpath(folder)
-        return any(os.path.commonpath([place, os.path.realpath(root)]) == os.path.realpath(root) for root in roots)
+        return any(Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)) for root in roots)
 
     if config.decode_cache != "auto":
         if among_images(config.decode_cache):
@@ -244,7 +236,7 @@ def make_room(config: Config, sets: Sequence[EncodedImages], folders: Sequence[s
                 f"decode_cache: {place} has {human(free)} free, the images need about {human(bytes_needed)}; give "
                 "another folder, or off"
             )
-        with locked(place):
+        with locked_folder(place):
             for i in missing:
                 path = there[i] = os.path.join(place, names[i])
                 if not whole(path, sets[i], keys[i], tell=False):  # unless another run was faster
@@ -284,11 +276,14 @@ def human(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
+def is_stored(config: Config) -> bool:
+    """Decide whether images are decoded once, if there is room: not for `nearest`, which would pick among averages."""
+    return config.decode_cache != "off" and config.interpolation != "nearest"
+
+
 def building_seconds(config: Config, data: Data) -> float:
     """Estimate how long `with_store` will decode, from a few images of each set that has no store yet."""
-    if config.decode_cache == "off" or not (
-        isinstance(data.train, EncodedImages) and isinstance(data.val, EncodedImages)
-    ):
+    if not (is_stored(config) and isinstance(data.train, EncodedImages) and isinstance(data.val, EncodedImages)):
         return 0.0
     sets, side, total = [data.train, data.val], store_side(config), 0.0
     folders = candidates(config, [images.root for images in sets])
@@ -307,8 +302,8 @@ def building_seconds(config: Config, data: Data) -> float:
 def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0, most_on_device: int = 2) -> Data:
     """Replace the images of `data` by stored ones, decoded once, as decode_cache asks.
 
-    `data` stays unchanged where that is off, where auto finds too little room, and for images that are in memory
-    anyway.
+    `data` stays unchanged where that is off, where auto finds too little room, for images that are in memory anyway, and
+    for interpolation nearest.
 
     reserved: bytes of the GPU's memory that training will take beyond what it holds now
     most_on_device: sets of images that are placed on the GPU, where it has room; that to train on is the first
@@ -316,9 +311,7 @@ def with_store(config: Config, data: Data, runtime: Runtime, reserved: int = 0, 
     Raises:
         ConfigError: an image is damaged; the folder given cannot be written, or has too little room.
     """
-    if config.decode_cache == "off" or not (
-        isinstance(data.train, EncodedImages) and isinstance(data.val, EncodedImages)
-    ):
+    if not (is_stored(config) and isinstance(data.train, EncodedImages) and isinstance(data.val, EncodedImages)):
         return data
     sets = [data.train, data.val]
     side = store_side(config)

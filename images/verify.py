@@ -1,11 +1,12 @@
 """Images that can be read, and those that cannot."""
 
+import errno
 import json
 import os
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import PIL
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from augment.pixels import to_rgb
 from images.listing import FileList, fault_of, kept_path
 from images.workers import closing_loader, loader_on_all_cores
-from settings.errors import ConfigError
+from settings.errors import ConfigError, RunError
 
 
 @contextmanager
@@ -62,12 +63,30 @@ def unreadable(path: str, reason: str) -> ConfigError:
     return ConfigError(f"{path} cannot be read as an image: {reason}; mend or remove it")
 
 
+# Errors of the system that are of the file: it is gone, may not be read, or is no file.
+OF_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}  # fmt: skip
+
+
+def of_machine(error: Exception) -> TypeGuard[OSError]:
+    """Check whether an error is of the disk or the system (too many open files), not of the image that was to be read."""
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in OF_FILE
+
+
 @contextmanager
 def naming_damage(path: str) -> Iterator[None]:
-    """Convert any error within to a ConfigError which says that `path` cannot be read as an image."""
+    """Convert any error within to a ConfigError which says that `path` cannot be read as an image.
+
+    Raises:
+        RunError: the disk fails, or the system.
+        MemoryError: as it is.
+    """
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # what PIL raises on a damaged file varies with the damage
+        if of_machine(error):
+            raise RunError.of_disk(error, path) from error
         raise unreadable(path, reason_of(error)) from error
 
 
@@ -160,6 +179,9 @@ def find_bad(files: FileList | Rows, title: str) -> list[tuple[int, str]]:
         return [(int(index), str(fault)) for index, fault in json.load(file)]
     with closing(inspect(files, title)) as findings:
         found = [finding for finding in findings if finding.fault is not None]
+    # A fault of the disk may have passed: each image that it cost would be another data set.
+    again = Inspecting(files, digests=False)
+    found = [finding for finding in found if finding.lasting or again[finding.index].fault is not None]
     bad = [(finding.index, str(finding.fault)) for finding in found]
     if not all(finding.lasting for finding in found):
         return bad

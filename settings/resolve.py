@@ -225,6 +225,10 @@ def check_images(config: Config) -> None:
         raise ConfigError("decode_on device leaves no image for augment_on worker; use augment_on device")
     if config.dataset == "digits" and config.decode_cache not in ("auto", "off"):
         raise ConfigError("decode_cache has no effect with dataset digits, which is in memory; leave it out")
+    if config.interpolation == "nearest" and config.decode_cache not in ("auto", "off"):
+        raise ConfigError(
+            "decode_cache has no effect with interpolation nearest, which takes pixels as they are in the files; leave it out"
+        )
     if not config.decode_cache:
         raise ConfigError("decode_cache must be auto, off or a folder, got ''")
 

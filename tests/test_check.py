@@ -24,6 +24,43 @@ def test_a_sound_data_set_is_told_so(clean, capsys):
     assert capsys.readouterr().out == "train 6 in 2 classes: nothing found\n"
 
 
+def test_a_split_that_is_not_there_is_not_passed_over(clean, capsys):
+    for flags, message in (
+        (["--val-split", "valdiation"], f"--val-split valdiation: no such folder in {clean}; give the name"),
+        (["--train-split", "trian", "--val-split", "val"], f"--train-split trian: no such folder in {clean}"),
+    ):
+        assert check.main([str(clean), *flags]) == 2
+        assert message in capsys.readouterr().err
+    shutil.rmtree(clean / "val")
+    assert check.main([str(clean)]) == 0
+    assert capsys.readouterr().out == (
+        f"only train was looked at: {clean} has no other split of the names given\ntrain 6 in 2 classes: nothing found\n"
+    )
+
+
+def test_what_people_do_not_see_and_what_training_does_not(clean, capsys):
+    train = clean / "train"
+    for folder, copy in ((".ipynb_checkpoints", "0-checkpoint.png"), ("@eaDir", "0.png")):
+        (train / "ant" / folder).mkdir()
+        Image.fromarray(np.random.default_rng(len(folder)).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(
+            train / "ant" / folder / copy
+        )
+    (train / "bee" / "photo.HEIC").touch()
+    (train / "bee" / "notes.txt").touch()
+    assert check.main([str(clean / "train")]) == 1
+    assert (
+        capsys.readouterr().out
+        == f"""\
+train: hidden, or made by a program, and taken for images: 2
+  {train}/ant/.ipynb_checkpoints/0-checkpoint.png
+  {train}/ant/@eaDir/0.png
+train: pictures of a kind that is left out: 1
+  {train}/bee/photo.HEIC
+train 8 in 2 classes: 3 findings
+"""
+    )
+
+
 def test_everything_is_found_and_counted(clean, capsys, monkeypatch):
     monkeypatch.setattr(check, "HUGE", 70 * 60 - 1)
     draw = np.random.default_rng(1)
@@ -64,9 +101,9 @@ def test_long_lists_are_cut_unless_asked_for(tmp_path, capsys):
     tree = make_tree(tmp_path / "images", splits=(("train", 12),), size=(8, 8))
     assert check.main([str(tree)]) == 1
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "train: tiny, a side below 32 px: 24" and told[-2] == "  and 4 more (--all lists them)"
+    assert told[1] == "train: tiny, a side below 32 px: 24" and told[-2] == "  and 4 more (--all lists them)"
     assert check.main([str(tree), "--all"]) == 1
-    assert len(capsys.readouterr().out.splitlines()) == 26
+    assert len(capsys.readouterr().out.splitlines()) == 27
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("")])

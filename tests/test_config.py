@@ -209,6 +209,7 @@ WRONG_FLAGS = [
     ("--dataset digits --train-split x", "train_split x has no effect with dataset digits"),
     ("--backend tensor --interpolation bicubic --auto-augment ra", "backend tensor has no bicubic warps"),
     ("--augment-size 127 --train-crop-size 128", "augment_size 127 is below train_crop_size 128"),
+    ("--interpolation nearest --decode-cache cache", "decode_cache has no effect with interpolation nearest"),
     ("--resume gone.pth", "resume: no file gone.pth"),
     ("--resume auto --overwrite", "resume continues a run, overwrite starts again"),
     ("--test-only", "test_only needs something to evaluate"),

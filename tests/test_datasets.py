@@ -1,9 +1,12 @@
 """Images of every mode, folders of them, and the data set that needs no download."""
 
 import errno
+import gzip
 import json
 import os
+import re
 import socket
+import tarfile
 import time
 from functools import partial
 from pathlib import Path
@@ -17,11 +20,14 @@ from loading import CPU
 from PIL import Image
 from runs import make_tree, start
 
+import images.verify
+import images.workers
 import train
 from images import datasets, listing, verify
 from images.datasets import Digits, ImageTree, download, load_data
-from settings.errors import ConfigError
+from settings.errors import ConfigError, RunError
 from settings.resolve import resolve
+from utils import Runtime
 
 
 def folder_with(tmp_path, image, name="x.png"):
@@ -350,8 +356,9 @@ def test_a_download_is_there_whole_or_not_at_all(tmp_path, monkeypatch, dataset,
         unpacked = partial(unpack, whole=whole)
         monkeypatch.setattr(datasets, "Imagenette", lambda root, unpacked=unpacked, **how: unpacked(root))
         monkeypatch.setattr(
-            datasets, "download_and_extract_archive", lambda url, root, unpacked=unpacked: unpacked(root)
+            datasets, "download_url", lambda url, root: gzip.open(Path(root) / f"{name}.tgz", "w").close()
         )
+        monkeypatch.setattr(datasets, "extract_archive", lambda path, root, unpacked=unpacked: unpacked(root))
         if whole:
             download(config)
             assert sorted(os.listdir(tmp_path / "data" / name)) == ["train", "val"]
@@ -361,6 +368,99 @@ def test_a_download_is_there_whole_or_not_at_all(tmp_path, monkeypatch, dataset,
             assert not (tmp_path / "data" / name).exists()
         assert not list((tmp_path / "data").glob(".download-*"))
     assert len(fetched) == 2  # the third time it was there
+
+
+def woof(folder, spoil):
+    """An archive of Imagewoof as a server may send it."""
+    content = np.random.default_rng(0).integers(0, 256, 200_000, dtype=np.uint8).tobytes()
+    (folder / "a.jpg").write_bytes(content)
+    with tarfile.open(folder / "whole.tgz", "w:gz") as archive:
+        archive.add(folder / "a.jpg", "imagewoof2-160/train/a.jpg")
+    return spoil((folder / "whole.tgz").read_bytes())
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [
+    (lambda sent: sent[:100_000] + bytes([sent[100_000] ^ 1]) + sent[100_001:], "CRC check failed"),  # where no file ends
+    (lambda sent: sent[:100_000], "Compressed file ended"), (lambda sent: b"<html>proxy</html>", "Not a gzipped file"),
+    (lambda sent: b"", ""),
+])  # fmt: skip
+def test_an_archive_that_comes_damaged_is_refused_in_one_line(tmp_path, monkeypatch, spoil, reason):
+    sent = woof(tmp_path, spoil)
+    monkeypatch.setattr(
+        datasets, "download_url", lambda url, root: (Path(root) / url.rsplit("/", 1)[1]).write_bytes(sent)
+    )
+    config = resolve(["--data-path", str(tmp_path / "data"), "--dataset", "imagewoof-160px", "--download"])
+    with pytest.raises(ConfigError, match=rf"imagewoof-160px cannot be fetched into .*{reason}"):
+        download(config)
+    assert os.listdir(tmp_path / "data") in ([], ["imagewoof2-160.lock"])
+
+
+def test_a_whole_archive_is_unpacked_and_what_a_killed_download_left_goes(tmp_path, monkeypatch):
+    sent = woof(tmp_path, lambda sent: sent)
+    monkeypatch.setattr(
+        datasets, "download_url", lambda url, root: (Path(root) / url.rsplit("/", 1)[1]).write_bytes(sent)
+    )
+    for name in (".download-old", ".download-new"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    os.utime(tmp_path / "data" / ".download-old", (1, 1))
+    download(resolve(["--data-path", str(tmp_path / "data"), "--dataset", "imagewoof-160px", "--download"]))
+    assert os.listdir(tmp_path / "data" / "imagewoof2-160" / "train") == ["a.jpg"]
+    assert {name for name in os.listdir(tmp_path / "data") if name.startswith(".download")} == {".download-new"}
+
+
+# ---- faults of the disk ----
+
+
+def failing(monkeypatch, number, times, path):
+    """Have reading of an image end in an error of the system, so many times."""
+    left, opened = [times], images.verify.Image.open
+
+    def fail(name, *rest):
+        if str(name) == str(path) and left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), str(name))
+        return opened(name, *rest)
+
+    monkeypatch.setattr(images.verify.Image, "open", fail)
+
+
+@pytest.mark.parametrize(("number", "remedy"), [
+    (errno.EMFILE, "Too many open files; allow more open files"), (errno.EIO, "Input/output error; its disk fails"),
+    (errno.ESTALE, "connect its disk again"), (errno.ETIMEDOUT, "see to the disk"),
+])  # fmt: skip
+def test_a_fault_of_the_machine_is_not_told_as_one_of_the_image(tmp_path, monkeypatch, number, remedy):
+    tree = ImageTree(str(make_tree(tmp_path / "images") / "train"))
+    failing(monkeypatch, number, 1, tree.samples[3][0])
+    with pytest.raises(RunError, match=re.escape(tree.samples[3][0]) + ".*" + remedy):
+        tree[3]
+    assert tree[3][1] == 0
+    failing(monkeypatch, errno.EACCES, 2, tree.samples[3][0])
+    with pytest.raises(ConfigError, match="cannot be read as an image: Permission denied"):
+        tree[3]
+
+
+def test_skip_leaves_no_image_out_for_a_fault_that_has_passed(tmp_path, monkeypatch):
+    monkeypatch.setattr(images.workers, "processes_for", lambda number: 0)  # here, where the fault is made
+    root = make_tree(tmp_path / "images") / "train"
+    one = root / "ant" / "3.png"
+    failing(monkeypatch, errno.EIO, 1, one)
+    assert ImageTree(str(root), skip=True).skipped == []
+    failing(monkeypatch, errno.EIO, 2, one)
+    assert ImageTree(str(root), skip=True).skipped == []  # as found, it is kept; a look anew:
+    os.utime(one, (1, 1))
+    failing(monkeypatch, errno.EIO, 2, one)
+    assert [path for path, _ in ImageTree(str(root), skip=True).skipped] == [str(one)]
+
+
+def test_a_list_that_leaves_a_class_without_images_is_refused(tmp_path):
+    tree = make_tree(tmp_path / "images")
+    (tmp_path / "some.txt").write_bytes(b"\xef\xbb\xbfant/0.png\r\n./ant/1.png\r\n")  # of Windows
+    flags = ["--data-path", str(tree), "--train-list", str(tmp_path / "some.txt")]
+    with pytest.raises(ConfigError, match=r"some\.txt lists no image of 1 of 2 classes, such as bee; add some"):
+        load_data(resolve(flags), Runtime(device=torch.device("cpu")))
+    with open(tmp_path / "some.txt", "a") as file:
+        file.write("bee/3.png\n")
+    assert len(load_data(resolve(flags), Runtime(device=torch.device("cpu"))).train) == 3
 
 
 def test_a_class_whose_images_are_all_bad_is_an_error(dirty):

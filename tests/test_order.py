@@ -93,6 +93,14 @@ def test_repeats_come_in_one_batch_apart_and_the_epoch_stays_as_long():
         assert [repeat for _, _, repeat in step] == [0, 0, 1, 1, 2, 2]
 
 
+def test_a_last_step_of_one_image_repeated_is_left_out():
+    """100 images, 4 repeats each: 25 distinct ones; three steps of 32 leave four repeats of the 25th."""
+    sampler = DrawSampler(100, 32, seed=0, repeats=4)
+    assert [len(batch) for batch in sampler] == [32, 32, 32] and sampler.batch_sizes == {32}
+    assert [len(batch) for batch in DrawSampler(104, 32, seed=0, repeats=4)] == [32, 32, 32, 8]  # of two images
+    assert [len(batch) for batch in DrawSampler(100, 32, seed=0)] == [32, 32, 32, 4]
+
+
 def test_repeats_go_to_different_processes_first():
     first, second = (batches(DrawSampler(12, 3, 0, rank, 2, repeats=2)) for rank in (0, 1))
     assert first == second and [len(set(step)) for step in first] == [3, 3]  # each image once in each process

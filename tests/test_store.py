@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image, ImageFilter
 from programs import SMALL
 from runs import assert_same_bits, checkpoint, make_tree
@@ -479,6 +480,32 @@ def test_leftovers_of_a_killed_run_are_removed(tree):
         assert not left.exists() and building.exists()
     stored(tree)
     assert not building.exists()
+
+
+def test_another_run_s_store_stays_while_it_is_built_though_its_file_cannot_be_held(tree):
+    """As where only readers may hold, and the other machine has not got its hold."""
+    stored(tree)
+    folder = tree / ".decode_cache"
+    building = folder / "train-32-0123456789abcdef.images.deadbeef"
+    building.write_bytes(b"half")
+    with FileLock(folder / ".lock"):
+        stored(tree)
+        assert building.exists()
+    stored(tree)
+    assert not building.exists()
+
+
+def test_a_store_can_be_read_by_who_builds_it(tree, monkeypatch):
+    """NFS gives the hold of readers only to a file that is open to be read."""
+    modes = []
+    monkeypatch.setattr(store_build, "hold", lambda file: modes.append(file.readable()))
+    stored(tree)
+    assert modes == [True, True]
+
+
+def test_nearest_takes_pixels_as_they_are_in_the_files(tree):
+    assert not isinstance(stored(tree, "--interpolation", "nearest").train, store.StoredImages)
+    assert not (tree / ".decode_cache").exists()
 
 
 def test_where_files_cannot_be_locked_leftovers_stay_an_hour(tree, monkeypatch):
