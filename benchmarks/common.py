@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # the scripts run in place; the program's modules
 
 from reporting import records  # noqa: E402
 from settings.errors import ConfigError  # noqa: E402
+from settings.machine import cores  # noqa: E402
 from utils import find_device  # noqa: E402
 
 Measures = dict[str, Any]
@@ -172,11 +173,6 @@ def cpu_model() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Count the cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Worker processes: they leave signals to the process that trains, and end when their loader does."""
 
-import os
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from settings.errors import RunError
+from settings.machine import cores
 from utils import Runtime
 
 
@@ -251,8 +251,7 @@ def make_loader(dataset: Dataset, runtime: Runtime, workers: int, **kwargs: Any)
 
 def processes_for(count: int) -> int:
     """Choose how many processes make `count` items on all cores; 0: this one does."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, count // 100)
+    return min(cores(), count // 100)
 
 
 def loader_on_all_cores(dataset: Any) -> DataLoader:

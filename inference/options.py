@@ -36,7 +36,6 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser = Parser(
         prog="predict.py", description="Say what the model of a run sees in images.", allow_abbrev=False,
         epilog="Exit status: 0 done; 1 some images could not be read (their rows say why), or something failed; "
@@ -52,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", metavar="TEXT", help="auto: cuda, then mps, then cpu (default: auto)")
     add("--amp", action="store_true", help="mixed precision; without it full precision, as the run's files are made")
     add("--batch-size", type=whole(1, 100_000), metavar="N", default=BATCH_SIZE, help=f"images at once (default: {BATCH_SIZE})")  # fmt: skip
-    add("-j", "--workers", type=whole(0, 1024), metavar="N", default=cores, help=f"processes that read images (default: as many as cores, {cores})")  # fmt: skip
+    add("-j", "--workers", type=whole(0, 1024), metavar="N", help="processes that read images (default: as many as cores)")  # fmt: skip
     add = parser.add_argument_group("the rows").add_argument
     add("--top", type=whole(1, 1_000_000), metavar="K", help="the K most probable classes of each image (default: 5, or all of fewer)")  # fmt: skip
     add("--format", choices=("csv", "jsonl"), default="csv", help="a table, or an object a line (default: csv)")

@@ -18,6 +18,7 @@ from inference.rows import FORMATS, opened
 from inference.sorting import Sorter
 from inference.trained import open_run
 from settings.errors import ConfigError, tell
+from settings.machine import cores
 
 FEW = 16  # images, which are read before a worker has started
 
@@ -43,7 +44,8 @@ def carry_out(options: argparse.Namespace) -> int:
         sorter = Sorter(options.sort, trained.classes, options.sort_by or "copy")
     tell(str(trained))
     names = names_of(options.images, b"\0" if options.null else b"\n")
-    workers = 0 if are_few(options.images) else options.workers
+    workers = cores() if options.workers is None else options.workers
+    workers = 0 if are_few(options.images) else workers
     predicting = predict(trained, names, top=top, batch_size=options.batch_size, workers=workers)
     rows, tally = FORMATS[options.format](trained.classes, top), Tally()
     kept = "the rows written so far"

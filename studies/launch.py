@@ -14,6 +14,7 @@ import psutil
 from learning.checkpoint import previous_checkpoint
 from reporting.folder import BEST, SUMMARY, RunFolder
 from settings.errors import ConfigError
+from settings.machine import cores
 from studies.study import Run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -65,8 +66,7 @@ class Local:
 
     def __init__(self, at_once: int):
         self.at_once = at_once
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.share = max(1, cores // at_once)
+        self.share = max(1, cores() // at_once)
         own = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
         threads = int(own) if own.isdigit() and int(own) else self.share
         self.each = {"threads": threads, "at_once": at_once}

@@ -1,5 +1,7 @@
 """Random numbers by key, devices."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 import utils
 from settings.errors import ConfigError, process_rank, tell
+from settings.machine import cores
 from settings.resolve import resolve
 from utils import (
     GOLDEN,
@@ -141,6 +144,14 @@ def test_an_error_says_which_of_several_processes_it_is_of(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_NTASKS", "4")
     tell("x")
     assert capsys.readouterr().err == "x\n[rank 3] x\n"
+
+
+def test_cores_are_those_that_a_quota_leaves(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 5, 7}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert cores() == 6
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")  # joblib's own word for it; it reads a container's quota as well
+    assert cores() == 2
 
 
 def test_more_processes_than_gpus_is_an_error(two_gpus):
