@@ -112,7 +112,7 @@ class Tables:
         rows = [row for row in self.rows(chosen) if not data or data_set(row["condition"]) == data]
         if not rows:
             raise ValueError(f"results/{chosen}.csv has no condition of {data}")
-        first = "" if chosen == study else f"Not run at full size yet ({command}). In small:\n\n"
+        first = "" if chosen == study else f"Not run at full size yet ({command}). At small scale:\n\n"
         content = study_file(chosen)
         return f"{first}{content.get('title', chosen)}.\n\n{self.conditions_table(chosen, rows)}"
 

@@ -398,7 +398,9 @@ def test_a_study_s_table_links_config_and_rows_and_says_what_is_undecided(tmp_pa
     runs = [study_rows.row(name, seed, top1) for name, some in {"fixed": (70.0, 72.0), "same": (70.1, 71.9), "lower": (60.0, 62.2)}.items() for seed, top1 in enumerate(some)]  # fmt: skip
     write_rows(f"{tmp_path}/reproduce_small.csv", runs)
     table = Tables(str(tmp_path), "../").table("study reproduce")
-    assert table.startswith("Not run at full size yet (`python sweep.py configs/studies/reproduce.yaml`). In small:")
+    assert table.startswith(
+        "Not run at full size yet (`python sweep.py configs/studies/reproduce.yaml`). At small scale:"
+    )
     rows = [line for line in table.splitlines() if line.startswith("| [")]
     assert rows[0].startswith("| [fixed](../configs/studies/reproduce_small.yaml) | [2](../results/reproduce_small.csv#L2-L3) | 71.00 [58.29, 83.71] |  |")  # fmt: skip
     # differences 0.1 and -0.1: the interval holds 0; -10 and -9.8: -9.9 ± 12.7062 x 0.1
