@@ -193,8 +193,7 @@ def test_a_run_that_failed_offline_has_failed_on_the_server_for_its_reason(image
 def test_a_task_that_has_failed_fails_again_for_its_own_reason(sent, tmp_path):
     """An agent's, say, though the run itself has noted another."""
     _, task, folder, env = sent
-    own = shutil.copytree(folder, tmp_path / "run")
-    (own / "summary.json").unlink()
+    own = shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("summary.json"))
     Session(RunFolder(str(own))).end(Ending("failed", "RunError", "the disk is full"))
     task.fields.update(status="failed", status_reason="worker", status_message="exit code 1")
     assert upload(own, env).returncode == 0
