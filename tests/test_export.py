@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -17,7 +20,7 @@ from hub_double import Hub
 from pictures import noise
 from PIL import Image
 from programs import ROOT
-from runs import make_tree, start
+from runs import make_tree, start, write_run
 from safetensors import safe_open
 from torchvision import transforms
 
@@ -167,8 +170,10 @@ def test_the_temperature_is_the_run_s_and_logits_stay(run, tmp_path, monkeypatch
 
 def test_what_was_not_run_says_so(run, tmp_path):
     place = tmp_path / "out"
-    flags = ["--to", "safetensors", "--output", str(place), "--no-gate", "--data-path", "nowhere"]
-    assert main([str(run), *flags]) == 0
+    own = shutil.copytree(run, tmp_path / "run")
+    settings = re.sub(r"^data_path: .*$", "data_path: nowhere", (own / "config.yaml").read_text(), flags=re.M)
+    (own / "config.yaml").write_text(settings)
+    assert main([str(own), "--to", "safetensors", "--output", str(place), "--no-gate"]) == 0
     with safe_open(place / "model.safetensors", framework="pt") as file:
         assert file.metadata()["gate"] == "not checked (--no-gate)"
     assert "and never run" in (place / "README.md").read_text()
@@ -411,6 +416,8 @@ def test_a_folder_is_uploaded_by_those_who_are_logged_in(run, tmp_path, monkeypa
         ("RUN --to onnx --quantize static --max-drop nan", "--max-drop must be in [0, 100], got nan"),
         ("RUN --to onnx --output RUN/config.yaml/out", "is no folder that can be written to"),
         ("RUN --to onnx --data-path nowhere", "no folder nowhere/train"),
+        ("RUN --to torch --no-gate --data-path images", "--data-path has no effect with --no-gate; leave it out"),
+        ("RUN --to torch --no-gate --workers 0", "--workers has no effect with --no-gate; leave it out"),
         ("RUN --to onnx --max-drop 0", "--max-drop has no effect without --quantize"),
     ],
 )
@@ -419,6 +426,14 @@ def test_bad_input_is_one_line(run, capsys, flags, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert not (run / "exports").exists()
+
+
+def test_a_place_of_images_that_lie_in_no_place_is_one_line(tmp_path, capsys):
+    own = write_run(tmp_path / "run", [str(digit) for digit in range(10)], "--dataset", "digits")
+    assert main([str(own), "--to", "safetensors", "--data-path", "images"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --data-path has no effect on a run with --dataset digits; leave it out"
+    assert not (own / "exports").exists()
 
 
 def test_bad_input_is_told_without_torch():
@@ -466,6 +481,43 @@ def test_what_is_there_is_replaced_only_when_asked(run, tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
     assert main([*flags, "--overwrite"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "preprocessing.json", "model.safetensors", "notes.txt"}  # fmt: skip
+
+
+def interrupt_at(patch, function):
+    """Have a Ctrl-C come at the second call of a function of os."""
+    calls, real = [], getattr(os, function)
+
+    def interrupted(*words):
+        calls.append(words)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*words)
+
+    patch.setattr(os, function, interrupted)
+
+
+@pytest.mark.parametrize(("function", "whose"), [("fsync", "old"), ("remove", "new"), ("replace", "new")])
+def test_an_export_that_is_interrupted_leaves_the_old_files_or_the_new(
+    run, tmp_path, monkeypatch, capsys, function, whose
+):
+    flags = [str(run), "--to", "safetensors", "--output", str(tmp_path), "--no-gate"]
+    names = ["README.md", "model.safetensors", "preprocessing.json"]
+    for name in names:
+        (tmp_path / name).write_text("old")
+    interrupt_at(monkeypatch, function)
+    assert main([*flags, "--overwrite"]) == 1
+    assert capsys.readouterr().err.startswith("stopped: signal SIGINT")
+    assert sorted(path.name for path in tmp_path.iterdir()) == names  # nothing is left aside either
+    assert [(tmp_path / name).read_bytes() == b"old" for name in names] == 3 * [whose == "old"]
+
+
+def test_the_files_of_an_export_can_be_read_by_whom_others_can(run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert main([str(run), "--to", "safetensors", "--output", str(tmp_path), "--no-gate"]) == 0
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_pictures_of_others_stay_in_a_folder_for_the_hub(run, tmp_path):
