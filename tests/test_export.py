@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 from hub_double import Hub
+from markdown_it import MarkdownIt
 from pictures import noise
 from PIL import Image
 from programs import ROOT
@@ -27,6 +28,7 @@ from torchvision import transforms
 import exports.make
 import exports.options
 from export import main
+from exports.card import as_text
 from exports.formats import arguments_of, trace
 from exports.gate import Comparison, accepted_difference, ask, check_pair, compare
 from exports.options import read_options
@@ -122,6 +124,32 @@ def test_an_export_answers_as_the_run_by_the_code_of_its_card(run, exported, mon
         "beside": (1, 3, 32, 32), "crops": (1, 32, 32, 3), "inside": (1, 50, 70, 3),
     }[preprocessing]  # fmt: skip
     assert not list(place.parents[1].rglob(".export-*"))  # nothing is left aside
+
+
+def ramp(place):
+    """A grey image of 40 x 40 pixels of 16 bits; of row y the upper eight are 5y, the lower 17."""
+    rows = np.repeat(np.arange(40, dtype=np.uint16)[:, None] * (5 * 256) + 17, 40, axis=1)
+    Image.fromarray(rows).save(place / "photo.jpg", format="PNG")
+    return rows
+
+
+def test_the_code_of_the_card_keeps_the_upper_eight_of_sixteen_bits(run, exported, monkeypatch):
+    place, _ = exported("safetensors", "beside", *WAYS["safetensors", "beside"].split())
+    ramp(place)
+    left = execute((place / "README.md").read_text(), place, monkeypatch)
+    # The short side is 40 already, and the crop leaves 4 pixels out on each side
+    assert left["pixels"].shape == (32, 32, 3) and (left["pixels"] == 5 * np.arange(4, 36)[:, None, None]).all()
+    shown = np.repeat(5 * np.arange(40, dtype=np.uint8)[:, None, None], 40, axis=1).repeat(3, axis=2)
+    assert np.abs(left["logits"][0] - answer(run, Image.fromarray(shown))).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["- dash", "1. one", "+ plus", "12) twelve", "-", "--- line", "3.", "* star", "# head", "0.5 mm", "2-methyl"],
+)
+def test_a_name_of_a_class_is_shown_as_it_is(name):
+    page = MarkdownIt().render(f"0. {as_text(name)}\n1. bee\n")
+    assert page == f'<ol start="0">\n<li>{name}</li>\n<li>bee</li>\n</ol>\n'
 
 
 def test_a_folder_for_the_hub(exported):
@@ -572,11 +600,12 @@ def test_commands_of_the_pages_parse(monkeypatch):
 def test_snippets_of_the_page_run_as_printed(run, exported, monkeypatch, number, target, preprocessing):
     place, _ = exported(target, preprocessing, *WAYS[target, preprocessing].split())
     folder = place.parents[3]  # the page's paths begin with runs/quickstart
-    image = example(folder)
     page = "```python\n" + PAGE.read_text().split("```python\n")[number + 1]
-    left = execute(page, folder, monkeypatch)
-    expected = torch.from_numpy(answer(run, image)).softmax(0)
-    assert np.abs(np.asarray(left["probabilities"]) - expected.numpy()).max() < 1e-4
+    for photo in (example, lambda folder: Image.fromarray((ramp(folder) >> 8).astype(np.uint8)).convert("RGB")):
+        image = photo(folder)
+        left = execute(page, folder, monkeypatch)
+        expected = torch.from_numpy(answer(run, image)).softmax(0)
+        assert np.abs(np.asarray(left["probabilities"]) - expected.numpy()).max() < 1e-4
 
 
 def test_logits_that_are_large_may_differ_by_a_part_of_themselves():
