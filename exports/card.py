@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,5 +95,5 @@ def figures_of(trained: Trained) -> dict[str, str]:
 
 def as_text(value: Any) -> str:
     """Write other people's text, such as names of classes, so that Markdown shows it as it is."""
-    text = printable(str(value))
-    return "".join(f"\\{char}" if char in "\\`*_{}[]<>#|~!&" else char for char in text)
+    text = "".join(f"\\{char}" if char in "\\`*_{}[]<>#|~!&" else char for char in printable(str(value)))
+    return re.sub(r"^(\s*)(?=[-+])|^(\s*\d+)(?=[.)](\s|$))", r"\1\2\\", text)  # or it would begin a list

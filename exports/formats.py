@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -152,6 +153,9 @@ def write_safetensors(trained: Trained, path: str, about: Mapping[str, str]) -> 
 
     weights = {name: tensor.detach().contiguous() for name, tensor in to_export(trained).state_dict().items()}
     save_file(weights, path, metadata=dict(about))
+    mask = os.umask(0)  # which can only be read by setting it
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)  # as the other files: safetensors lets no one else read it
 
 
 def open_safetensors(path: str) -> Artifact:

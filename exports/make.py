@@ -16,12 +16,14 @@ from exports.options import CARD, CONFIG, PREPROCESSING, QUANTIZED, Options
 from exports.preprocessing import describe
 from exports.quantize import Calibration, quantize
 from images.datasets import Data, load_data
+from images.workers import signals_held
 from inference.options import nearest_there
 from inference.predictions import check_size
 from inference.trained import Trained, open_run
 from learning.checkpoint import sync_folder
 from learning.stop import interruptible
 from settings.errors import ConfigError, RunError, printable
+from settings.table import ENCODED
 
 
 def export(options: Options) -> None:
@@ -54,8 +56,10 @@ def find_data(trained: Trained, data_path: str | None) -> Data:
     """Find the images that the run was trained and validated on; `data_path` is where they lie now, if elsewhere.
 
     Raises:
-        ConfigError: they are not there, or are others.
+        ConfigError: they are not there, or are others, or lie nowhere.
     """
+    if data_path is not None and trained.config.dataset not in ENCODED:
+        raise ConfigError(f"--data-path has no effect on a run with --dataset {trained.config.dataset}; leave it out")
     config = trained.config if data_path is None else replace(trained.config, data_path=data_path)
     try:
         data = load_data(config, trained.runtime)
@@ -178,19 +182,24 @@ class Export:
         return quantized
 
     def put_in_place(self, aside: str, files: list[str]) -> None:
-        """Move the files to their folder; an older model goes first, the new one comes last: beside it is its own."""
+        """Move the files to their folder; an older model goes first, the new one comes last: beside it is its own.
+
+        All of them are on the disk before anything of an earlier export goes, and a signal does not part the two.
+        """
         options = self.options
-        for path in sorted(options.outdated(), key=lambda path: not path.endswith(options.model_file)):
-            if not options.overwrite:  # it was not there at the start
-                raise RunError(f"{path} has come meanwhile; --overwrite replaces it")
-            os.remove(path)
-        for name in files:
-            source, target = os.path.join(aside, name), os.path.join(options.output, name)
+        places = [(os.path.join(aside, name), os.path.join(options.output, name)) for name in files]
+        for source, target in places:
             with open(source, "rb") as file:
                 os.fsync(file.fileno())
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.replace(source, target)
-        sync_folder(options.output)
+        with signals_held():
+            for path in sorted(options.outdated(), key=lambda path: not path.endswith(options.model_file)):
+                if not options.overwrite:  # it was not there at the start
+                    raise RunError(f"{path} has come meanwhile; --overwrite replaces it")
+                os.remove(path)
+            for source, target in places:
+                os.replace(source, target)
+            sync_folder(options.output)
 
 
 def as_json(content: Mapping[str, Any]) -> str:

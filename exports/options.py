@@ -133,6 +133,9 @@ def check_flags(given: dict) -> None:
         idle("--max-drop", "has no effect without --quantize")
     if given["quantize"] != "static":
         idle("--calibration-images", "has no effect without --quantize static")
+    if not given["check"]:
+        idle("--data-path", "has no effect with --no-gate")
+        idle("--workers", "has no effect with --no-gate")
     if given["quantize"] is not None and not given["check"]:
         raise ConfigError("--no-gate: a quantised model is not written without its accuracy; leave out one of the two")
     for name, least, most in (("image_size", 1, 8192), ("workers", 0, 1024), ("calibration_images", 1, 10**6), ("max_drop", 0, 100)):  # fmt: skip

@@ -35,7 +35,7 @@ def ignore_signals(worker: int) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Have SIGINT and SIGTERM wait until the end of the block, in which processes are started.
+    """Have SIGINT and SIGTERM wait until the end of the block, in which processes are started, or files take their places.
 
     What a handler raises in the midst of a fork is lost, and a worker would die of a signal before it ignores it. What it
     raises before the loader is whole leaves workers that no one ends. Blocking alone does not do: another thread receives

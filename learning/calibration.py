@@ -60,13 +60,15 @@ class Calibration:
     after: Reliability
 
 
-def calibrate(outputs: Outputs, seed: int) -> Calibration:
-    """Fit the temperature on half of the images, and measure on the other half what it does.
+def calibrate(outputs: Outputs, seed: int) -> Calibration | None:
+    """Fit the temperature on half of the images, and measure on the other half what it does; None if that has none.
 
     It stays 1 where the half is small, or has no mistake: the likelihood is then largest for a temperature of 0, which
     calls everything certain.
     """
     fit, rest = halves(outputs.targets.numpy(), seed)
+    if not len(rest):  # of one image; an error of nothing would read as none
+        return None
     wrong = (outputs.predicted != outputs.targets)[fit]
     fitted = len(fit) >= LEAST and bool(wrong.any())
     temperature = fit_temperature(outputs.logits, outputs.targets, fit) if fitted else 1.0

@@ -24,9 +24,9 @@ POINTS = 200  # of a ROC curve that is kept
 class Assessment:
     """What is said of the best weights of a run.
 
-    calibration: None where the outputs were not kept, or are not finite
-    roc: false and true positive rates of the second of two classes, in [0, 1]; None for more classes, as `calibration`
-        and where the images are all of one class
+    calibration: None where the outputs were not kept, or are not finite, or of one image
+    roc: false and true positive rates of the second of two classes, in [0, 1]; None for more classes, without outputs and
+        where the images are all of one class
     mistakes: the most confident ones: number of the image, its file, true and predicted class, and probability
     """
 
@@ -78,7 +78,8 @@ def assess(score: Score, classes: Sequence[str], images: Images, seed: int) -> A
     if outputs is not None and len(classes) == 2:
         found = receiver_operating(outputs.logits.float().numpy(), outputs.targets.numpy())
         scores["auc"], roc = found if found is not None else (None, None)
-    mistakes = [] if outputs is None or calibration is None else worst_mistakes(outputs, calibration.temperature)
+    temperature = 1.0 if calibration is None else calibration.temperature
+    mistakes = [] if outputs is None else worst_mistakes(outputs, temperature)
     for mistake in mistakes:
         mistake |= {"path": path_of(images, mistake["index"])}
         mistake |= {key: classes[mistake[key]] for key in ("true", "predicted")}
@@ -88,15 +89,15 @@ def assess(score: Score, classes: Sequence[str], images: Images, seed: int) -> A
 def scores_of(confusion: NDArray[np.int64]) -> dict[str, float | None]:
     """Compute balanced accuracy and macro-F1, for two classes also sensitivity and specificity, percent.
 
-    confusion: (K, K) images, rows true. Classes without an image have no part in the balanced accuracy, those without
-        an image or a prediction none in macro-F1. Of two classes the second is the positive one.
+    confusion: (K, K) images, rows true. Classes without an image have no part in the means: an image that is called one
+        of them is a miss of its own class. Of two classes the second is the positive one.
     """
     from sklearn import metrics
 
     pairs = pairs_of(confusion)
     present = np.flatnonzero(confusion.sum(1))
     recall = metrics.recall_score(**pairs, labels=present, average="macro", zero_division=0)
-    f1 = metrics.f1_score(**pairs, average="macro", zero_division=0)
+    f1 = metrics.f1_score(**pairs, labels=present, average="macro", zero_division=0)
     found: dict[str, float | None] = {"balanced_accuracy": 100 * float(recall), "macro_f1": 100 * float(f1)}
     if len(confusion) == 2:
         for number, name in ((1, "sensitivity"), (0, "specificity")):

@@ -16,6 +16,7 @@ from stages import Stage
 
 STAGE_COLOURS = ("#eef3fb", "#dde8f7")
 COLOURS = {"train": "#777777", "model": "#1f5fbf", "ema": "#c8502d", "size": "#2a7f62"}
+LONGEST = 24  # characters of a name in a figure
 LINES = ("#c8502d", "#1f5fbf", "#2a7f62", "#7a4fa3", "#777777", "#b08900")  # of settings that share a graph
 
 plt.rcParams.update(
@@ -45,35 +46,43 @@ def as_svg(figure: plt.Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def draw_curves(panels: Sequence[Panel], records: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> str:
-    """Draw panels side by side over epochs, stages shaded."""
+def draw_curves(panel: Panel, records: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> str:
+    """Draw a panel over epochs, stages shaded.
+
+    One a drawing, which a page sets side by side or, on a telephone, one below the other, where two in one are illegible.
+    """
+    label, lines = panel
     epochs = [record["epoch"] + 1 for record in records]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.0 * len(panels), 2.9), squeeze=False)
-    for axis, (label, lines) in zip(axes[0], panels):
-        for stage in stages:
-            colour = STAGE_COLOURS[stage.index % 2]
-            axis.axvspan(stage.epochs.start + 0.5, stage.epochs.stop + 0.5, color=colour, lw=0)
-        for key, (colour, name) in lines.items():
-            points = [(epoch, record[key]) for epoch, record in zip(epochs, records) if record.get(key) is not None]
-            if points:
-                marker = "o" if len(points) < 40 else None
-                axis.plot(*zip(*points), color=colour, label=name, lw=1.6, marker=marker, ms=3)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(label)
-        axis.set_xlim(0.5, stages[-1].epochs.stop + 0.5)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
+    figure, axis = plt.subplots(figsize=(4.6, 2.8))
+    for stage in stages:
+        colour = STAGE_COLOURS[stage.index % 2]
+        axis.axvspan(stage.epochs.start + 0.5, stage.epochs.stop + 0.5, color=colour, lw=0)
+    for key, (colour, name) in lines.items():
+        points = [(epoch, record[key]) for epoch, record in zip(epochs, records) if record.get(key) is not None]
+        if points:
+            marker = "o" if len(points) < 40 else None
+            axis.plot(*zip(*points), color=colour, label=name, lw=1.6, marker=marker, ms=3)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel(label)
+    axis.set_xlim(0.5, stages[-1].epochs.stop + 0.5)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8)
     return as_svg(figure)
 
 
 def draw_speed(rows: Sequence[tuple[Stage, float]]) -> str:
     """Draw images per second of each stage, its image size below the bar."""
-    figure, axis = plt.subplots(figsize=(5.0, 2.6))
+    figure, axis = plt.subplots(figsize=(4.6, 2.6))
     names = [f"stage {stage.index}\n{stage.image_size} px" for stage, _ in rows]
     bars = axis.bar(names, [speed for _, speed in rows], color=COLOURS["size"], width=0.6)
     axis.bar_label(bars, fmt="%.0f", padding=2)
     axis.set_ylabel("images per second")
     return as_svg(figure)
+
+
+def shortened(name: str) -> str:
+    """Leave out the middle of a long name, which a figure would cut off at its edge."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[1 - LONGEST // 2 :]}"
 
 
 def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> str:
@@ -84,11 +93,12 @@ def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> str:
 def confusion_figure(matrix: NDArray[np.int64], classes: Sequence[str]) -> plt.Figure:
     """Build the figure that `draw_confusion` draws."""
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = 2.2 + 0.42 * len(classes)
+    names = [shortened(name) for name in classes]
+    side = 1.5 + 0.42 * len(classes) + 0.075 * max(10, *map(len, names))  # inches; the last is for the names
     figure, axis = plt.subplots(figsize=(side, side))
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
-    axis.set_yticks(range(len(classes)), classes)
+    axis.set_xticks(range(len(classes)), names, rotation=60, ha="right")
+    axis.set_yticks(range(len(classes)), names)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     for row, column in zip(*np.nonzero(matrix)):
@@ -126,6 +136,7 @@ def draw_roc(curve: Mapping[str, Sequence[float]], area: float, chosen: tuple[fl
     false, true = curve["false_positive_rate"], curve["true_positive_rate"]
     axis.plot(false, true, color=COLOURS["model"], lw=1.6, label=f"area {area:.4f}")
     axis.plot(*chosen, color=COLOURS["ema"], marker="o", ls="none", label="the more probable class")
+    positive = shortened(positive)
     axis.set(xlabel=f"others called {positive}", ylabel=f"{positive} called so", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     return as_svg(figure)

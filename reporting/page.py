@@ -33,7 +33,7 @@ def report_page(folder: RunFolder) -> str:
     settings, plan, records, summary = folder.settings(), folder.plan(), folder.metrics(), folder.summary()
     place = settings["data_path"] if settings["dataset"] in ("imagefolder", "hub") else settings["dataset"]
     return environment.get_template("page.html.j2").render(
-        title=f"{settings['model']} on {os.path.basename(os.path.normpath(place))}",
+        title=f"{settings['model']} on {os.path.basename(os.path.abspath(place))}",
         run=os.path.basename(os.path.abspath(folder.path)),
         num_epochs=len(records),
         plan=plan,
@@ -71,10 +71,9 @@ def draw(settings: Mapping[str, Any], plan: Plan, records: Sequence[Mapping[str,
     grown.append(("learning rate", {"lr": (colours["train"], "lr")}))
     seen = {record["stage"] for record in records}
     speeds = [(stage, stage_speed(records, stage.index)[1]) for stage in plan.stages if stage.index in seen]
-    pairs = [grown[i : i + 2] for i in range(0, len(grown), 2)]
     return {
-        "Progress": [figures.draw_curves(outcome, records, plan.stages)],
-        "What grows": [figures.draw_curves(pair, records, plan.stages) for pair in pairs],
+        "Progress": [figures.draw_curves(panel, records, plan.stages) for panel in outcome],
+        "What grows": [figures.draw_curves(panel, records, plan.stages) for panel in grown],
         "Speed": [figures.draw_speed(speeds)],
     }
 
@@ -223,13 +222,18 @@ def mistakes(folder: RunFolder) -> list[tuple[str, str, str]]:
 
 def inference_table(summary: Mapping[str, Any]) -> Table | None:
     """Tabulate how fast the model answers, a row for each batch size; None for a run of an older version."""
-    rows = [[row["batch_size"], f"{row['images_per_second']:.3g}", f"{row['milliseconds']:.3g}"] for row in summary.get("inference") or ()]  # fmt: skip
+    rows = [[row["batch_size"], rounded(row["images_per_second"]), rounded(row["milliseconds"])] for row in summary.get("inference") or ()]  # fmt: skip
     return (["batch", "images/s", "milliseconds a batch"], rows) if rows else None
 
 
 def number(value: float | None, digits: int = 4) -> str:
     """Format a number to so many significant digits; None as a dash."""
     return "–" if value is None else f"{value:.{digits}g}"
+
+
+def rounded(value: float) -> str:
+    """Format a speed or a time to three digits at least, without powers of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

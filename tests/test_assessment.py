@@ -1,6 +1,7 @@
 """What is said of a model's outputs: of each class, of two classes, of its worst mistakes; how fast it answers."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_classes_count_alike_in_balanced_accuracy_and_macro_f1():
     assert found["sensitivity"] == 0 and found["specificity"] == 100
 
 
-def test_a_class_without_images_counts_where_it_was_named():
+def test_a_class_without_images_has_no_part_in_the_means_though_it_was_named():
     absent, named = np.array([[8, 2, 0], [1, 4, 0], [0, 0, 0]]), np.array([[8, 1, 1], [1, 4, 0], [0, 0, 0]])
     assert scores_of(absent) == {
         "balanced_accuracy": pytest.approx(80),
@@ -45,7 +46,14 @@ def test_a_class_without_images_counts_where_it_was_named():
     }
     assert scores_of(named) == {
         "balanced_accuracy": pytest.approx(80),
-        "macro_f1": pytest.approx(100 * (16 / 19 + 0.8 + 0) / 3),
+        "macro_f1": pytest.approx(100 * (16 / 19 + 0.8) / 2),
+    }
+    # All are of the first of two: precision 1, recall 0.8, which makes 1.6 / 1.8
+    assert scores_of(np.array([[8, 2], [0, 0]])) == {
+        "balanced_accuracy": pytest.approx(80),
+        "macro_f1": pytest.approx(800 / 9),
+        "sensitivity": None,
+        "specificity": pytest.approx(80),
     }
 
 
@@ -129,6 +137,15 @@ def test_without_outputs_there_is_what_the_confusions_tell(images):
         assert found.calibration is None and found.roc is None and found.mistakes == [] and "auc" not in found.scores
         assert found.scores["balanced_accuracy"] == pytest.approx(50) and found.calibration_figures() is None
         json.dumps(found.shown(), allow_nan=False)
+
+
+def test_of_one_image_the_mistake_is_told_and_no_calibration(tmp_path):
+    images = ImageTree(str(make_tree(tmp_path / "images", splits=(("val", 1),)) / "val"))
+    images.targets = images.targets[:1]  # the ant
+    found = assess(score_of(images, torch.tensor([[0.0, math.log(4)]])), images.classes, images, 0)
+    assert found.calibration is None and found.calibration_figures() is None and found.shown()["reliability"] is None
+    (mistake,) = found.mistakes
+    assert (mistake["true"], mistake["predicted"]) == ("ant", "bee") and mistake["probability"] == pytest.approx(0.8)
 
 
 def test_a_mistake_is_shown_small_and_named_by_its_file(images):

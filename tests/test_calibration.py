@@ -79,6 +79,13 @@ def test_where_it_cannot_be_fitted_it_stays_one(outputs, measured):
     assert found.before.error == found.after.error > 0.1
 
 
+def test_nothing_is_said_of_one_image_and_something_of_two():
+    """One image is the first half, and the other is empty; of two, one is measured: right, at 1 / (1 + exp(-2))."""
+    assert calibrate(outputs_of([[2.0, 0.0]], [0]), 0) is None
+    found = calibrate(outputs_of(2 * [[2.0, 0.0]], [0, 0]), 0)
+    assert found.measured_on == 1 and found.before.error == pytest.approx(1 - 0.880797, abs=1e-5)
+
+
 def test_many_images_and_half_precision_are_fitted_in_parts(monkeypatch):
     monkeypatch.setattr("learning.calibration.ROWS", 7)
     outputs = too_sure()

@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -14,16 +17,18 @@ import onnx
 import pytest
 import torch
 from hub_double import Hub
+from markdown_it import MarkdownIt
 from pictures import noise
 from PIL import Image
 from programs import ROOT
-from runs import make_tree, start
+from runs import make_tree, start, write_run
 from safetensors import safe_open
 from torchvision import transforms
 
 import exports.make
 import exports.options
 from export import main
+from exports.card import as_text
 from exports.formats import arguments_of, trace
 from exports.gate import Comparison, accepted_difference, ask, check_pair, compare
 from exports.options import read_options
@@ -121,6 +126,32 @@ def test_an_export_answers_as_the_run_by_the_code_of_its_card(run, exported, mon
     assert not list(place.parents[1].rglob(".export-*"))  # nothing is left aside
 
 
+def ramp(place):
+    """A grey image of 40 x 40 pixels of 16 bits; of row y the upper eight are 5y, the lower 17."""
+    rows = np.repeat(np.arange(40, dtype=np.uint16)[:, None] * (5 * 256) + 17, 40, axis=1)
+    Image.fromarray(rows).save(place / "photo.jpg", format="PNG")
+    return rows
+
+
+def test_the_code_of_the_card_keeps_the_upper_eight_of_sixteen_bits(run, exported, monkeypatch):
+    place, _ = exported("safetensors", "beside", *WAYS["safetensors", "beside"].split())
+    ramp(place)
+    left = execute((place / "README.md").read_text(), place, monkeypatch)
+    # The short side is 40 already, and the crop leaves 4 pixels out on each side
+    assert left["pixels"].shape == (32, 32, 3) and (left["pixels"] == 5 * np.arange(4, 36)[:, None, None]).all()
+    shown = np.repeat(5 * np.arange(40, dtype=np.uint8)[:, None, None], 40, axis=1).repeat(3, axis=2)
+    assert np.abs(left["logits"][0] - answer(run, Image.fromarray(shown))).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["- dash", "1. one", "+ plus", "12) twelve", "-", "--- line", "3.", "* star", "# head", "0.5 mm", "2-methyl"],
+)
+def test_a_name_of_a_class_is_shown_as_it_is(name):
+    page = MarkdownIt().render(f"0. {as_text(name)}\n1. bee\n")
+    assert page == f'<ol start="0">\n<li>{name}</li>\n<li>bee</li>\n</ol>\n'
+
+
 def test_a_folder_for_the_hub(exported):
     place, _ = exported("hub", "beside")
     config, card = json.loads((place / "config.json").read_text()), (place / "README.md").read_text()
@@ -167,8 +198,10 @@ def test_the_temperature_is_the_run_s_and_logits_stay(run, tmp_path, monkeypatch
 
 def test_what_was_not_run_says_so(run, tmp_path):
     place = tmp_path / "out"
-    flags = ["--to", "safetensors", "--output", str(place), "--no-gate", "--data-path", "nowhere"]
-    assert main([str(run), *flags]) == 0
+    own = shutil.copytree(run, tmp_path / "run")
+    settings = re.sub(r"^data_path: .*$", "data_path: nowhere", (own / "config.yaml").read_text(), flags=re.M)
+    (own / "config.yaml").write_text(settings)
+    assert main([str(own), "--to", "safetensors", "--output", str(place), "--no-gate"]) == 0
     with safe_open(place / "model.safetensors", framework="pt") as file:
         assert file.metadata()["gate"] == "not checked (--no-gate)"
     assert "and never run" in (place / "README.md").read_text()
@@ -411,6 +444,8 @@ def test_a_folder_is_uploaded_by_those_who_are_logged_in(run, tmp_path, monkeypa
         ("RUN --to onnx --quantize static --max-drop nan", "--max-drop must be in [0, 100], got nan"),
         ("RUN --to onnx --output RUN/config.yaml/out", "is no folder that can be written to"),
         ("RUN --to onnx --data-path nowhere", "no folder nowhere/train"),
+        ("RUN --to torch --no-gate --data-path images", "--data-path has no effect with --no-gate; leave it out"),
+        ("RUN --to torch --no-gate --workers 0", "--workers has no effect with --no-gate; leave it out"),
         ("RUN --to onnx --max-drop 0", "--max-drop has no effect without --quantize"),
     ],
 )
@@ -419,6 +454,14 @@ def test_bad_input_is_one_line(run, capsys, flags, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert not (run / "exports").exists()
+
+
+def test_a_place_of_images_that_lie_in_no_place_is_one_line(tmp_path, capsys):
+    own = write_run(tmp_path / "run", [str(digit) for digit in range(10)], "--dataset", "digits")
+    assert main([str(own), "--to", "safetensors", "--data-path", "images"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --data-path has no effect on a run with --dataset digits; leave it out"
+    assert not (own / "exports").exists()
 
 
 def test_bad_input_is_told_without_torch():
@@ -466,6 +509,43 @@ def test_what_is_there_is_replaced_only_when_asked(run, tmp_path, capsys):
     (tmp_path / "notes.txt").touch()
     assert main([*flags, "--overwrite"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "preprocessing.json", "model.safetensors", "notes.txt"}  # fmt: skip
+
+
+def interrupt_at(patch, function):
+    """Have a Ctrl-C come at the second call of a function of os."""
+    calls, real = [], getattr(os, function)
+
+    def interrupted(*words):
+        calls.append(words)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*words)
+
+    patch.setattr(os, function, interrupted)
+
+
+@pytest.mark.parametrize(("function", "whose"), [("fsync", "old"), ("remove", "new"), ("replace", "new")])
+def test_an_export_that_is_interrupted_leaves_the_old_files_or_the_new(
+    run, tmp_path, monkeypatch, capsys, function, whose
+):
+    flags = [str(run), "--to", "safetensors", "--output", str(tmp_path), "--no-gate"]
+    names = ["README.md", "model.safetensors", "preprocessing.json"]
+    for name in names:
+        (tmp_path / name).write_text("old")
+    interrupt_at(monkeypatch, function)
+    assert main([*flags, "--overwrite"]) == 1
+    assert capsys.readouterr().err.startswith("stopped: signal SIGINT")
+    assert sorted(path.name for path in tmp_path.iterdir()) == names  # nothing is left aside either
+    assert [(tmp_path / name).read_bytes() == b"old" for name in names] == 3 * [whose == "old"]
+
+
+def test_the_files_of_an_export_can_be_read_by_whom_others_can(run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert main([str(run), "--to", "safetensors", "--output", str(tmp_path), "--no-gate"]) == 0
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_pictures_of_others_stay_in_a_folder_for_the_hub(run, tmp_path):
@@ -520,11 +600,12 @@ def test_commands_of_the_pages_parse(monkeypatch):
 def test_snippets_of_the_page_run_as_printed(run, exported, monkeypatch, number, target, preprocessing):
     place, _ = exported(target, preprocessing, *WAYS[target, preprocessing].split())
     folder = place.parents[3]  # the page's paths begin with runs/quickstart
-    image = example(folder)
     page = "```python\n" + PAGE.read_text().split("```python\n")[number + 1]
-    left = execute(page, folder, monkeypatch)
-    expected = torch.from_numpy(answer(run, image)).softmax(0)
-    assert np.abs(np.asarray(left["probabilities"]) - expected.numpy()).max() < 1e-4
+    for photo in (example, lambda folder: Image.fromarray((ramp(folder) >> 8).astype(np.uint8)).convert("RGB")):
+        image = photo(folder)
+        left = execute(page, folder, monkeypatch)
+        expected = torch.from_numpy(answer(run, image)).softmax(0)
+        assert np.abs(np.asarray(left["probabilities"]) - expected.numpy()).max() < 1e-4
 
 
 def test_logits_that_are_large_may_differ_by_a_part_of_themselves():

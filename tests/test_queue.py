@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +84,52 @@ def test_what_agents_could_not_do_is_told_before_anything_is_sent(text, said, tm
     (tmp_path / "study.yaml").write_text(f"settings: {{model: efficientnet_v2_tiny}}\n{text}")
     with pytest.raises(ConfigError, match=said):
         queue.Queue("default", read_study(str(tmp_path / "study.yaml"), "r").runs)
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A repository with a commit, this code's as the queue sees it; its git."""
+    monkeypatch.setattr(queue, "ROOT", str(tmp_path / "clone"))
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, os.devnull)
+
+    def git(*words):
+        done = subprocess.run(["git", "-C", tmp_path / "clone", *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    (tmp_path / "clone").mkdir()
+    git("init", "--quiet", "-b", "main")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--allow-empty", "-m", "all")
+    return git
+
+
+def test_the_remote_that_has_the_commit_is_the_one_agents_fetch_from(clone):
+    commit = clone("rev-parse", "HEAD")
+    with pytest.raises(ConfigError, match="is no git clone with a remote"):
+        queue.pushed_code()
+    clone("remote", "add", "a", "https://first.example/r.git")
+    clone("remote", "add", "b", "https://second.example/r.git")
+    with pytest.raises(ConfigError, match=f"commit {commit[:12]} is not pushed to a or b; push it"):
+        queue.pushed_code()
+    clone("update-ref", "refs/remotes/b/main", commit)  # as a push leaves it
+    assert queue.pushed_code() == ("https://second.example/r.git", commit)
+
+
+@pytest.mark.parametrize(
+    ("address", "sent"),
+    [
+        ("https://user:ghp_SECRET@host.example/r.git", "https://host.example/r.git"),
+        ("https://ghp_SECRET@host.example:8443/a/r.git", "https://host.example:8443/a/r.git"),
+        ("HTTP://user:p@ss@host.example/r.git", "HTTP://host.example/r.git"),
+        ("https://host.example/@scope/r.git", "https://host.example/@scope/r.git"),
+        ("git@host.example:a/r.git", "git@host.example:a/r.git"),
+        ("ssh://git@host.example/r.git", "ssh://git@host.example/r.git"),
+    ],
+)
+def test_no_password_of_an_address_goes_to_the_server(clone, address, sent):
+    clone("remote", "add", "origin", address)
+    clone("update-ref", "refs/remotes/origin/main", "HEAD")
+    assert queue.pushed_code()[0] == sent
 
 
 class Server:

@@ -1,6 +1,7 @@
 """What a run leaves to be looked at: its folder, the page, and evaluations that are not made twice."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from runs import make_tree, metrics
 
 import train
 from images.evaluation import EvalImages
+from reporting import figures
 from reporting.folder import RunFolder
-from reporting.page import class_table, report_page
+from reporting.page import class_table, inference_table, report_page
 from settings.resolve import resolve
 from stages import Plan, Stage, plan_stages
 from train import run
@@ -34,7 +36,7 @@ def folder(tmp_path):
     config = resolve([*SMALL, *STAGES, "--dropout", "0.1", "0.4"])
     stages = plan_stages(config)
     kept.write_settings(config.as_dict() | {"data_path": "photos/<b>mine</b>"})
-    kept.write_plan(Plan(stages, [0.25, 0.75]), ["<script>alert(1)</script>", "bee & co"])
+    kept.write_plan(Plan(stages, [0.25, 0.75]), ["<script>alert(1)</b>", "bee & co"])
     kept.write_metrics([
         {"epoch": i, "stage": i, "lr": 0.1, "loss": 1.0, "val_loss": None, "top1": 50.0, "top1_ema": None,
          "images_per_second": 10.0, "epoch_seconds": 2.0} | stages[i].settings()
@@ -54,13 +56,28 @@ def test_other_people_s_text_is_text(folder):
 
 def test_what_is_off_throughout_has_no_graph(folder):
     page = report_page(folder)
-    # accuracy with loss, size with the probabilities, the learning rate, speed
-    assert page.count("<svg") == 4
+    # accuracy, loss, size, the probabilities, the learning rate, speed
+    assert page.count("<svg") == 6
     assert (
         "probability, alpha" in page
         and "RandAugment magnitude" not in page
         and ">erase<" not in page.split("What grows")[1]
     )
+
+
+def test_a_graph_is_a_drawing_of_its_own_that_a_telephone_can_show(folder):
+    """Two in one of 720 points were shrunk to half on a page of 354 pixels (266 points)."""
+    page = report_page(folder)
+    widths = [float(width) for width in re.findall(r'<div><svg [^>]*width="([\d.]+)pt"', page)]
+    assert len(widths) == page.count("<svg") == 6 and max(widths) < 350
+
+
+def test_the_title_is_the_name_of_the_folder_of_images_however_that_was_given(folder, tmp_path, monkeypatch):
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos")
+    for given in (".", "train/..", str(tmp_path / "photos") + "/"):
+        folder.write_settings(folder.settings() | {"data_path": given})
+        assert "<title>efficientnet_v2_tiny on photos</title>" in report_page(folder)
 
 
 def test_a_row_of_the_stages_has_the_plan_and_what_came_of_it(folder):
@@ -125,7 +142,7 @@ def test_classes_come_worst_first_with_the_figures_of_all(assessed):
 
 def test_probabilities_mistakes_and_speed_are_shown(assessed):
     page = report_page(assessed)
-    assert page.count("<svg") == 7  # four of training, ROC, reliability before and after
+    assert page.count("<svg") == 9  # six of training, ROC, reliability before and after
     assert "as trained: ECE 12.50 %" in page and "temperature 1.5: ECE 1.00 %" in page and "area 0.8750" in page
     assert "Temperature fitted on 60 validation images, both sides measured on the other 61." in page
     assert "bee (98.7 %), it is &lt;ant&gt;</b>val/&lt;b&gt;.png" in page and page.count("data:image/jpeg;base64,") == 1
@@ -135,6 +152,32 @@ def test_probabilities_mistakes_and_speed_are_shown(assessed):
     assessed.write_summary(summary)
     page = report_page(assessed)
     assert "too few others, or none of them wrong" in page and "temperature 1:" not in page
+
+
+def test_speeds_are_numbers_without_powers_of_ten():
+    rows = [
+        {"batch_size": 1, "images_per_second": 0.8765, "milliseconds": 1140.9},
+        {"batch_size": 8, "images_per_second": 99.96, "milliseconds": 80.03},
+        {"batch_size": 512, "images_per_second": 43711.6, "milliseconds": 11.713},
+    ]
+    assert inference_table({"inference": rows})[1] == [
+        [1, "0.876", "1,141"], [8, "100", "80"], [512, "43,712", "11.7"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "length"), [(2, 40), (10, 80), (3, 24)])
+def test_long_names_of_classes_are_whole_within_the_confusions(count, length):
+    names = [f"{i}{'m' * (length - 2)}{i}" for i in range(count)]
+    shown = [name if length == 24 else f"{name[0]}{'m' * 11}…{'m' * 10}{name[0]}" for name in names]
+    drawn = figures.confusion_figure(np.eye(count, dtype=int), names)
+    drawn.canvas.draw()
+    (axis,) = drawn.axes
+    labels = [*axis.get_xticklabels(), *axis.get_yticklabels()]
+    assert [label.get_text() for label in labels] == 2 * shown
+    for label in labels:
+        box = label.get_window_extent()
+        assert min(box.x0, box.y0) >= 0 and box.x1 <= drawn.bbox.x1 and box.y1 <= drawn.bbox.y1
+    figures.plt.close(drawn)
 
 
 def test_many_classes_scroll_within_the_page(assessed):

@@ -114,7 +114,8 @@ def test_report_is_one_page_that_needs_nothing_else(two_stages):
     tags = [tag for tag, _ in seen]
     mistakes = RunFolder(str(folder)).assessment()["mistakes"]
     assert tags.count("img") == 2 + len(mistakes)  # a grid of images per stage
-    assert tags.count("svg") == 7  # two rows of curves, drop rates and lr, speed, ROC, reliability, confusions
+    # accuracy, loss, size, drop rates, learning rate, speed, ROC, reliability, confusions
+    assert tags.count("svg") == 9
     sources = [attributes for tag, attributes in seen if tag in ("img", "script", "link")]
     links = [attributes.get("src") or attributes.get("href") for attributes in sources]
     assert all(link.startswith("data:") for link in links)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -21,6 +22,7 @@ from reporting.folder import RunFolder
 from tracking.__main__ import main
 from tracking.events import Points, read_events, session_points
 from tracking.report import TaskReport
+from tracking.server import Ending
 from tracking.session import Session
 
 # ---- offline, then sent ----
@@ -36,17 +38,8 @@ def session_times(out):
 @pytest.mark.double
 def test_killed_offline_resumed_and_uploaded_has_every_epoch_once(images, tmp_path, server):
     out, env = tmp_path / "run", nowhere(tmp_path / "cache")
-    flags = [
-        *RUN,
-        "--data-path",
-        images,
-        "--output-dir",
-        out,
-        "--epochs",
-        "100",
-        "--clearml",
-        "offline",
-    ]  # fewer would be over before the kill
+    # Fewer epochs would be over before the kill
+    flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "100", "--clearml", "offline"]
     process = popen(*flags, env=env)
     process.wait_for_epochs(out, 4)
     process.kill()
@@ -181,6 +174,34 @@ def test_an_import_that_fails_goes_on_in_the_same_task(images, tmp_path, server)
     assert task.status == "completed" and list(task.scalars["loss", "train"]) == [0, 1]
 
 
+def test_a_run_that_failed_offline_has_failed_on_the_server_for_its_reason(images, tmp_path, server):
+    out, env = tmp_path / "run", server.env(tmp_path / "cache")
+    flags = [*RUN, "--data-path", images, "--output-dir", out, *"--epochs 3 --print-freq 1 --lr".split()]
+    failed = program(*flags, "1e30", env=nowhere(tmp_path / "elsewhere"))
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert failed.returncode == 1 and "the loss is not finite" in line
+    assert upload(out, env).returncode == 0
+    task = server.only_task()
+    assert (task.status, task.status_reason) == ("failed", "NonFiniteLoss")
+    assert task.status_message == line.removeprefix("error: ")
+    Session(RunFolder(str(out))).begin()  # it goes on, and is killed
+    task.fields.update(status="in_progress")
+    assert upload(out, env).returncode == 0
+    assert (task.status, task.status_message) == ("stopped", "stopped early")
+
+
+def test_a_task_that_has_failed_fails_again_for_its_own_reason(sent, tmp_path):
+    """An agent's, say, though the run itself has noted another."""
+    _, task, folder, env = sent
+    own = shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("summary.json"))
+    Session(RunFolder(str(own))).end(Ending("failed", "RunError", "the disk is full"))
+    task.fields.update(status="failed", status_reason="worker", status_message="exit code 1")
+    assert upload(own, env).returncode == 0
+    assert (task.status, task.status_reason, task.status_message) == ("failed", "worker", "exit code 1")
+    (own / "clearml" / "task.json").write_text('{"online": "a", "offline": null, "ended": ["failed"]}')
+    assert Session(RunFolder(str(own))).ended is None  # damaged
+
+
 def test_a_run_that_goes_on_is_not_uploaded_under_its_feet(images, tmp_path, server):
     out, env = tmp_path / "run", server.env(tmp_path / "cache")
     process = popen(*RUN, "--data-path", images, "--output-dir", out, "--epochs", "100000", env=env)
@@ -230,13 +251,12 @@ def test_a_published_task_stays_as_it_is(images, tmp_path, server):
 def test_a_session_of_a_published_task_becomes_a_new_one(images, tmp_path, server):
     """A run whose task was published goes on without a server; what it left is sent."""
     out = tmp_path / "run"
-    flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "1"]
-    assert program(*flags, env=nowhere(tmp_path / "elsewhere")).returncode == 0
+    flags = ["--data-path", images, "--output-dir", out, "--epochs", "1"]
+    assert program(*RUN, *flags, env=nowhere(tmp_path / "elsewhere")).returncode == 0
     made = server.api.tasks_create({"name": "run", "type": "training"})["id"]
     task = server.tasks[made]
     task.fields["status"] = "published"
-    session = Session(RunFolder(str(out)))
-    session.note(task.id)
+    Session(RunFolder(str(out))).note(task.id)
     before = kept(server, task)
     done = upload(out, server.env(tmp_path / "cache"))
     assert done.returncode == 0 and "a new one has the whole run" in done.stdout, done.stdout + done.stderr
@@ -294,10 +314,8 @@ def test_a_renamed_task_is_the_same_with_its_files_filed_anew(sent):
     mistakes = [image for image in images if image != ("stage 0, 32 px", 0)]
     assert mistakes and all(mistakes.count(image) == 2 for image in mistakes)
     assert set(task.output_models) == {"renamed best", "renamed last"}
-    assert {model["name"] for model in server.models.values()} >= {
-        "run best",
-        "run last",
-    }  # with the rest of the project
+    # with the rest of the project
+    assert {model["name"] for model in server.models.values()} >= {"run best", "run last"}
     server.user_rename(task.id, "run")
 
 

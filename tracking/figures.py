@@ -1,6 +1,7 @@
 """`python -m tracking.figures [FOLDER]`: show the figures of `Graphs/` in ClearML, as a task of their own.
 
-They are of many runs, so that no run's task is theirs. Sent again, they take the place of those there are.
+They are of many runs, so that no run's task is theirs. Sent again, they take the place of those there are, but for those
+of a task that was published: that stays as it is, and a new one has them.
 """
 
 import os
@@ -16,6 +17,14 @@ from tracking.deadline import abandon, exit_now, watched
 from tracking.server import ROOT, load_sdk, why_no_files, why_no_server
 
 NAME = "figures"  # of the task
+OPEN = [
+    "created",
+    "in_progress",
+    "stopped",
+    "closed",
+    "failed",
+    "completed",
+]  # starting a published one un-publishes it
 SECONDS = 300.0  # for all of it, as long as the server answers
 
 
@@ -35,7 +44,7 @@ def send(folder: str) -> None:
     place = {"project_name": DEFAULTS["clearml_project"], "task_name": NAME}
     task = None
     with suppress(ValueError):  # no such project yet
-        task = Task.get_task(**place)
+        task = Task.get_task(**place, task_filter={"status": OPEN})
     task = task or Task.create(**place)
     task.mark_started(force=True)
     try:

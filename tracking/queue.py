@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -182,7 +183,7 @@ class QueuedRun:
 
 
 def pushed_code() -> tuple[str, str]:
-    """Find where agents fetch this code: the address of the repository, and the commit.
+    """Find where agents fetch this code: the address of a remote that has the commit, and the commit.
 
     Raises:
         ConfigError: no repository, no remote, changes that are in no commit, or a commit that no remote branch has.
@@ -192,12 +193,20 @@ def pushed_code() -> tuple[str, str]:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    remote = git("remote").split("\n")[0]
-    address, commit = git("remote", "get-url", remote) if remote else "", git("rev-parse", "HEAD")
-    if not address or not commit:
+    remotes, commit = git("remote").split(), git("rev-parse", "HEAD")
+    if not remotes or not commit:
         raise ConfigError("--on clearml: this folder is no git clone with a remote, from which agents fetch the code")
     if git("status", "--porcelain", "--untracked-files=no"):
         raise ConfigError("--on clearml: agents fetch a commit, and files have changed since; commit and push them")
-    if not git("branch", "--remotes", "--contains", commit):
-        raise ConfigError(f"--on clearml: commit {commit[:12]} is not pushed to {remote}; push it")
-    return address, commit
+    for remote in remotes:
+        if git("for-each-ref", "--contains", commit, f"refs/remotes/{remote}/"):
+            return without_keys(git("remote", "get-url", remote)), commit
+    raise ConfigError(f"--on clearml: commit {commit[:12]} is not pushed to {' or '.join(remotes)}; push it")
+
+
+def without_keys(address: str) -> str:
+    """Remove user and password from the address of a repository, which anyone on the server can read.
+
+    Of ssh the user stays: it is no secret, and part of the address. Agents have keys of their own.
+    """
+    return re.sub(r"^(https?://)[^/]*@", r"\1", address, flags=re.IGNORECASE)

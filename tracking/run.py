@@ -26,7 +26,7 @@ from settings.table import Config
 from stages import Stage
 from tracking.deadline import abandon, brief, never_fatal, watched
 from tracking.report import TaskReport
-from tracking.server import ROOT, fail, find_task, load_sdk, on_agent, why_no_files, why_no_server
+from tracking.server import ROOT, Ending, fail, find_task, load_sdk, on_agent, why_no_files, why_no_server
 from tracking.session import Session, import_session
 from tracking.settings import project_name, send_settings, task_name
 
@@ -116,6 +116,7 @@ class ClearML(Dashboard):
             raise RuntimeError(f"another run or upload uses {session.root}")
         if config.resume == "":  # neither auto nor, in a folder that has no task or has saved nothing yet, a file
             session.forget()
+        session.begin()
         no_files = None
         if self.offline_because is None:
             Task = load_sdk().Task
@@ -204,8 +205,13 @@ class ClearML(Dashboard):
             if report is None:
                 if error is not None and on_agent() and not self.in_time(lambda: fail_agent(message), START_SECONDS):
                     abandon()
-            elif not self.in_time(lambda: self.close(report, error, message), self.closing_seconds()):
-                abandon(f"ClearML: the server stopped answering; {left}")
+            else:
+                ended = None if self.finished else ending(error, message)
+                if ended is not None:
+                    with never_fatal("an upload will not know how the run ended"):
+                        self.session.end(ended)
+                if not self.in_time(lambda: self.close(report, error, ended), self.closing_seconds()):
+                    abandon(f"ClearML: the server stopped answering; {left}")
         except KeyboardInterrupt:  # who does not want to wait; what the run came to stands
             abandon(f"ClearML: interrupted; {left}")
         finally:
@@ -216,8 +222,8 @@ class ClearML(Dashboard):
         sizes = [os.path.getsize(self.folder.at(name)) for name in (CHECKPOINT, BEST) if self.folder.has(name)]
         return CLOSE_SECONDS + sum(sizes) / SLOWEST
 
-    def close(self, report: TaskReport, error: BaseException | None, message: str) -> None:
-        """Send what is left and end the task: completed, stopped or failed."""
+    def close(self, report: TaskReport, error: BaseException | None, ended: Ending | None) -> None:
+        """Send what is left and end the task: as `ended` says, completed if that is None."""
         online = self.offline_because is None
         if self.showing is not None:
             self.showing.join()
@@ -238,12 +244,8 @@ class ClearML(Dashboard):
                 report.task.add_tags(["diverged"])
             report.task.flush(wait_for_uploads=online)
             report.task.close()
-            if online and not self.finished:
-                ended = find_task(report.task.id)
-                if error is None or isinstance(error, KeyboardInterrupt):
-                    ended.mark_stopped(force=True, status_message="stopped early; --resume auto continues it")
-                else:
-                    ended.mark_failed(force=True, status_reason=type(error).__name__, status_message=message)
+            if online and ended is not None:
+                ended.tell(find_task(report.task.id))
 
     def in_time(self, work: Callable[[], None], limit: float) -> bool:
         """Do `work` in a thread; return False if it took over `limit` seconds or the server went away.
@@ -260,6 +262,13 @@ class ClearML(Dashboard):
     def say_no_files(self, why: str) -> None:
         line = f"pictures, artifacts and weights are not sent, {why}"
         print(f"ClearML: {line}; `{self.upload_command}` sends them later", flush=True)
+
+
+def ending(error: BaseException | None, message: str) -> Ending:
+    """Say how a run has ended that has not finished."""
+    if error is None or isinstance(error, KeyboardInterrupt):
+        return Ending("stopped", "", "stopped early; --resume auto continues it")
+    return Ending("failed", type(error).__name__, message)
 
 
 def fail_agent(message: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -45,6 +45,23 @@ def find_task(task_id: str) -> Any:
 def is_published(task: Any) -> bool:
     """Check whether a task was published: it takes nothing more, and starting it by force would un-publish it."""
     return task.get_status() in ("publishing", "published")
+
+
+class Ending(NamedTuple):
+    """How a run ended, or a task that is not completed: status, "stopped" or "failed", with its reason and message."""
+
+    status: str
+    reason: str
+    message: str
+
+    def tell(self, task: Any) -> None:
+        """Mark a task as ended so.
+
+        Raises:
+            an error of the SDK: the server does not take it.
+        """
+        mark = task.mark_failed if self.status == "failed" else task.stopped
+        mark(ignore_errors=False, force=True, status_reason=self.reason or None, status_message=self.message)
 
 
 def fail(task: Any, message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from reporting.folder import CLEARML, TASK, RunFolder
 from tracking.events import SCALAR, SESSION_LOG, SESSION_METRICS, Points, points_of, rewrite_events, session_points
-from tracking.server import find_task, is_published, load_sdk
+from tracking.server import Ending, find_task, is_published, load_sdk
 
 DESCRIPTION = "task.json"  # of an offline session's task
 
@@ -17,6 +17,7 @@ class Session:
     """Which tasks a run's folder has: on a server, and offline, not sent yet. Kept in clearml/task.json.
 
     online, offline: ids, or None
+    ended: how the run ended; None while it goes on, after a kill, and once it has finished
     """
 
     def __init__(self, folder: RunFolder):
@@ -29,6 +30,8 @@ class Session:
         known = known if isinstance(known, dict) else {}
         self.online: str | None = known.get("online")
         self.offline: str | None = known.get("offline")
+        ended = known.get("ended")
+        self.ended = Ending(*map(str, ended)) if isinstance(ended, list) and len(ended) == 3 else None
         if self.offline is not None and not os.path.isdir(self.offline_folder):
             self.offline = None
         self.lock: Any = None
@@ -93,6 +96,16 @@ class Session:
             pass
         return True
 
+    def begin(self) -> None:
+        """Forget how an earlier part of the run has ended."""
+        self.ended = None
+        self.write()
+
+    def end(self, ended: Ending) -> None:
+        """Write down how the run has ended, for an upload."""
+        self.ended = ended
+        self.write()
+
     def note(self, task_id: str) -> None:
         """Write down the id of the task that the run now has, online or offline."""
         if task_id.startswith("offline"):
@@ -102,7 +115,7 @@ class Session:
         self.write()
 
     def write(self) -> None:
-        self.folder.write(TASK, json.dumps({"online": self.online, "offline": self.offline}))
+        self.folder.write(TASK, json.dumps({"online": self.online, "offline": self.offline, "ended": self.ended}))
 
     def drop_offline(self) -> None:
         """Remove the offline session."""

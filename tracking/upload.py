@@ -7,7 +7,7 @@ from reporting.folder import SUMMARY, RunFolder
 from settings.errors import ConfigError
 from tracking.report import TaskReport
 from tracking.run import upload_uri
-from tracking.server import find_task, is_published, why_no_files, why_no_server
+from tracking.server import Ending, find_task, is_published, why_no_files, why_no_server
 from tracking.session import Session, import_session
 
 FAILED = "the upload failed half way; the same command sends the rest"
@@ -18,7 +18,7 @@ class Upload:
 
     Sending it twice changes nothing but the console, to which a session only adds.
 
-    before: status, reason and message of the task before it was started for the upload; None where it was not
+    before: how the task was before it was started for the upload; None where it was not
 
     Raises:
         ConfigError: no tracked run there, one that still runs, no server, or a task that takes nothing.
@@ -27,7 +27,7 @@ class Upload:
     def __init__(self, folder: str):
         self.run = RunFolder(folder)
         self.session = Session(self.run)
-        self.before: tuple[str, str, str] | None = None
+        self.before: Ending | None = None
         if self.session.online is None and self.session.offline is None:
             raise ConfigError(
                 f"upload: no ClearML session in {self.session.root}; give the output_dir of a run that was tracked"
@@ -74,22 +74,26 @@ class Upload:
         task = self.find()
         data = task and task.data
         self.before = (
-            ("stopped", "", FAILED)  # of a task that is made now
+            Ending("stopped", "", FAILED)  # of a task that is made now
             if task is None
-            else (str(data.status), data.status_reason or "", data.status_message or "")
+            else Ending(str(data.status), data.status_reason or "", data.status_message or "")
         )
+        # What a session that is yet to be sent has noted is later than what the task says
+        said = self.before if self.before.status == "failed" and self.session.offline is None else self.session.ended
         sent = False
         try:
             if self.session.offline is not None:
                 import_session(self.session)
-            self.report(find_task(self.session.online or ""))
+            self.report(find_task(self.session.online or ""), said or Ending("stopped", "", "stopped early"))
             sent = True
         finally:
             if not sent:
                 self.put_back()
 
-    def report(self, task: Any) -> None:
+    def report(self, task: Any, ended: Ending) -> None:
         """Report to the task what the run's folder holds, and end it as the run has ended.
+
+        ended: how, if it has not finished
 
         Raises:
             RuntimeError: the server has not taken every point.
@@ -109,7 +113,7 @@ class Upload:
         if self.run.has(SUMMARY):
             task.mark_completed(ignore_errors=False, force=True)
         else:
-            task.stopped(ignore_errors=False, force=True, status_message="stopped early")
+            ended.tell(task)
         print(f"ClearML: task {task.id}, {task.get_output_log_web_page()}")
 
     def put_back(self) -> None:
