@@ -4,6 +4,7 @@ EfficientNetV2-S takes some 2,400 kernels forward and backward. At small image s
 one thread can launch them, and the stage that should be cheapest waits for the processor.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -44,7 +45,7 @@ class StepGraph:
         forget_gradients(parameters)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: threads of the loader pin memory meanwhile, which must not end the capture.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with collecting_nothing(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.loss = gradients(images, targets)
         self.gradients = [parameter.grad for parameter in parameters]
 
@@ -91,6 +92,7 @@ class StepGraphs:
         """
         self.graphs.clear()
         forget_gradients(self.parameters)
+        gc.collect()  # what only dead cycles hold; torch does so no more since 2.9
         self.runtime.release_memory()
         if not self.possible:
             return
@@ -144,6 +146,22 @@ class StepGraphs:
         replayed = graph(graph.images, graph.targets)
         if not torch.allclose(replayed, expected, rtol=1e-3, equal_nan=True):
             raise RuntimeError(f"a replay computes a loss of {float(replayed):.6g}, the step {float(expected):.6g}")
+
+
+@contextmanager
+def collecting_nothing() -> Iterator[None]:
+    """Keep Python's garbage collection from starting by itself within the block.
+
+    Were it to find the graph of a learner that is gone, it would destroy it, which breaks the capture under way
+    (pytorch/pytorch#161037).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """CUDA graphs of the step: what a capture leaves behind, on a double of torch's graphs; on a GPU, the same bits as without."""
 
+import gc
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -57,7 +59,7 @@ class Step:
 @pytest.fixture
 def doubled(monkeypatch):
     """torch.cuda's graphs, on the CPU: `captured` lists those made, `replays` counts."""
-    seen = SimpleNamespace(captured=[], pools=[], replays=0, sync_debug_mode=0, breaks=None)
+    seen = SimpleNamespace(captured=[], pools=[], replays=0, sync_debug_mode=0, breaks=None, collecting=[])
 
     class Graph:
         def replay(self):
@@ -73,6 +75,7 @@ def doubled(monkeypatch):
         assert capture_error_mode == "thread_local"
         seen.captured.append(graph)
         seen.pools.append(pool)
+        seen.collecting.append(gc.isenabled())
         yield
         if seen.breaks:  # what a capture does that met a wait
             monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the capture's")
@@ -169,6 +172,35 @@ def test_a_capture_that_breaks_ends_the_run_because_torch_does_not_recover(doubl
     doubled.breaks = "operation not permitted when stream is capturing"
     with pytest.raises(RunError, match=r"give --cuda-graphs off \(operation not permitted"):
         captured(Step(), 8)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("breaks", [None, "operation not permitted"])
+def test_no_garbage_is_collected_during_a_capture_and_after_it_as_before(doubled, breaks, before):
+    """A dead graph among it, destroyed meanwhile, would break the capture."""
+    doubled.breaks = breaks
+    enabled = gc.isenabled()
+    (gc.enable if before else gc.disable)()
+    try:
+        with nullcontext() if breaks is None else pytest.raises(RunError):
+            captured(Step(), 8)
+        assert doubled.collecting == [False] and gc.isenabled() is before
+    finally:
+        (gc.enable if enabled else gc.disable)()
+
+
+def test_garbage_is_collected_before_a_stage_s_captures(doubled):
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    dead = weakref.ref(Cycle())
+    gc.disable()
+    try:
+        captured(Step(), 8)
+        assert dead() is None
+    finally:
+        gc.enable()
 
 
 def test_a_failed_capture_keeps_no_gradients_in_half_precision(doubled):
