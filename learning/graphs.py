@@ -5,6 +5,7 @@ one thread can launch them, and the stage that should be cheapest waits for the 
 """
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -168,7 +169,9 @@ def collecting_nothing() -> Iterator[None]:
 def no_waits() -> Iterator[None]:
     """Have torch raise RuntimeError within the block where the processor would wait for the device."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once a process torch warns of a prototype, which no user has asked for
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

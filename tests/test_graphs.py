@@ -1,6 +1,7 @@
 """CUDA graphs of the step: what a capture leaves behind, on a double of torch's graphs; on a GPU, the same bits as without."""
 
 import gc
+import warnings
 import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -166,6 +167,18 @@ def test_a_step_that_waits_for_the_device_is_not_captured(doubled, capsys):
     assert "cannot be captured (called a synchronizing CUDA operation)" in capsys.readouterr().out
     assert not stage.possible and not doubled.captured and doubled.sync_debug_mode == 0
     assert_same_bits(dict(step.model.state_dict()), before)
+
+
+def test_what_torch_says_of_its_own_watching_is_kept_from_users(doubled, monkeypatch, recwarn):
+    def watch(mode):
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+        doubled.sync_debug_mode = mode
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", watch)
+    with graphs.no_waits():
+        assert not recwarn.list and doubled.sync_debug_mode == "error"
+        warnings.warn("of the step", stacklevel=1)
+    assert str(recwarn.list[0].message) == "of the step"
 
 
 def test_a_capture_that_breaks_ends_the_run_because_torch_does_not_recover(doubled):
