@@ -303,6 +303,8 @@ def start_runtime(config: Config) -> Runtime:
         torch.cuda.set_device(device)
     if config.sync_bn and world_size > 1 and device.type != "cuda":
         raise ConfigError(f"sync_bn works on CUDA GPUs, the device is {device.type}; leave it out")
+    if config.cuda_graphs == "on" and (device.type, world_size) != ("cuda", 1):
+        raise ConfigError(f"cuda_graphs on takes a GPU and one process, got {device.type} and {world_size}; give auto")
     control = patient = None
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
