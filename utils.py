@@ -22,7 +22,6 @@ T = TypeVar("T")
 
 # ---- random numbers by key ----
 
-
 Bits = NDArray[np.uint64]
 GOLDEN, FIRST_FACTOR, SECOND_FACTOR = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 MASK = 2**64 - 1
@@ -94,6 +93,7 @@ class Runtime:
     scaler: of gradients in float16, else does nothing
     control: group of processes for small host-side messages, None with one process
     patient: the same, for what one process may do for hours while the others wait
+    proven: what the rehearsal has found memory for: LARGE_EVALUATION
     """
 
     device: torch.device
@@ -106,6 +106,7 @@ class Runtime:
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     control: dist.ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None
+    proven: set[str] = field(default_factory=set, compare=False)
 
     @property
     def is_main(self) -> bool:
