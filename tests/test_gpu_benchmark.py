@@ -218,6 +218,7 @@ def test_a_study_is_told_its_time_and_how_it_ended(tmp_path, monkeypatch):
     assert flags[:5] == ["0", "--parallel", "3", "--time-budget", "90s"]
     assert flags[flags.index("--results") + 1] == f"{tmp_path}/out/results"
     assert flags[flags.index("--output-dir") + 1] == f"{tmp_path}/scratch/trainings"
+    assert flags[flags.index("--checkpoint-every") + 1] == "1h"
     assert flags[flags.index("--workers") + 1] == "2" and flags[flags.index("--data-path") + 1] == f"{tmp_path}/data"
     for status, message, cut in (("3", "time was over", True), ("2", "no val/ there", False), ("1", "some runs failed; see .*log", False)):  # fmt: skip
         with pytest.raises(work.Ended, match=f"^{message}$") as end:
