@@ -79,10 +79,10 @@ class Worker:
                 status = self.process.exitcode
                 self.close()
                 raise Ended(f"the process ended with status {status}; see {self.log}") from error
+            if kind == "lost" or (item.last and kind != "row"):
+                self.close()
             if kind == "end":
                 return
-            if kind == "lost":
-                self.close()
             if kind in ("error", "lost"):
                 raise Ended(content)
             yield content

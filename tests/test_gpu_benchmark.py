@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -145,12 +146,17 @@ def test_a_study_gets_its_half_minute_within_the_minutes(tmp_path, monkeypatch):
     assert 85 < seen[0] - start < 120  # of 120 seconds 30 are for saving
 
 
-def test_all_parts_by_default_but_the_race():
+def test_all_parts_by_default_but_the_race(monkeypatch):
     args = gpu.read_options(["--out", "x"])
     items = gpu.items_of(args, setups.Setup(device="cpu"))
     assert list(items) == [part for part in gpu.BOXES if part != "race"]
     assert [item.name for item in items["whole"]] == ["128, 185, 242, 300 px", "192, 256, 320 px"]
     assert [item.name for item in items["step"]] == [f"{size} px" for size in (128, 300, 185, 242, 192, 256, 320)]
+    assert [part for part, of in items.items() if any(item.last for item in of)] == ["profile"]
+    monkeypatch.setattr(setups, "find_device", lambda name, local_rank: torch.device("cuda"))
+    assert [item.name for item in gpu.items_of(args, setups.Setup())["whole"]] == [
+        "128, 185, 242, 300 px", "192, 256, 320 px", "128, 185, 242, 300 px, eager", "192, 256, 320 px, eager",
+    ]  # fmt: skip
     args.parts = ["race", "configs/leaderboard/studies/race_20.yaml"]
     assert [item.name for of in gpu.items_of(args, setups.Setup(device="cpu")).values() for item in of] == [
         "configs/leaderboard/studies/race.yaml", "configs/leaderboard/studies/race_20.yaml",
@@ -180,8 +186,13 @@ def test_a_measurement_that_fails_dies_or_never_ends_costs_itself(tmp_path, monk
         assert next(breaking)["process"] == process  # a failure did not cost the process
         with pytest.raises(work.Ended, match=r"^RunError: cuda_graphs: the step of this model broke its capture$"):
             next(breaking)
-        (after,) = rows(measurements.well, 3)
+        (after,) = worker.measure(
+            parts.Item("part", "name", measurements.well, (3,), last=True), time.monotonic() + 200
+        )
         assert after["process"] != process  # but a capture that broke did, and the next one has a new one
+        process = after["process"]
+        (after,) = rows(measurements.well, 4)
+        assert after["process"] != process  # nor does one go on that has profiled
         os.kill(after["process"], signal.SIGKILL)
         worker.process.join(20)
         running = rows(measurements.never)
@@ -243,8 +254,14 @@ def test_tests_that_fail_are_named(tmp_path, monkeypatch):
     (row,) = parts.tests(setups.Setup(scratch=str(tmp_path)))
     assert (row["tests"], row["failures"], row["errors"], row["skipped"]) == (4, 1, 1, 1)
     assert row["broken"] == "b.bad, c.broken" and row["exit_status"] == 1
-    asked = {Path(word).stem for word in seen[0] if word.endswith(".py")}
-    assert {"test_graphs", "test_run", "test_decode", "test_scores"} <= asked and "test_docs" not in asked
+    asked = {word for word in seen[0] if word.endswith(".py")}
+    marked = re.compile(r"mark" r"\.gpu\b")  # in two pieces, so that it does not find itself
+    assert asked == {str(path) for path in ROOT.glob("tests/**/*.py") if marked.search(path.read_text())}
+    assert {"test_graphs", "test_run", "test_decode", "test_scores"} <= {Path(word).stem for word in asked}
+    assert "--dist" not in seen[0]  # without a GPU they are skipped
+    monkeypatch.setattr(setups, "find_device", lambda name, local_rank: torch.device("cuda"))
+    next(parts.tests(setups.Setup(scratch=str(tmp_path))))
+    assert seen[1][seen[1].index("--dist") + 1] == "load"
     monkeypatch.setattr(parts.subprocess, "run", lambda command, **options: SimpleNamespace(returncode=3))
     with pytest.raises(RuntimeError, match=r"^pytest ended with status 3$"):  # it failed, and is tried again
         next(parts.tests(setups.Setup(scratch=str(tmp_path))))
