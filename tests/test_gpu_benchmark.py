@@ -163,6 +163,27 @@ def test_all_parts_by_default_but_the_race(monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", {"smoke": 1, "whole": 4, "staged": 8}),
+        ("--minutes 60", {"smoke": 1, "whole": 4, "staged": 8}),
+        ("--minutes 15", {"smoke": 0.5, "whole": 2, "staged": 4}),
+        ("--minutes 15 --box whole=7", {"smoke": 0.5, "whole": 7, "staged": 4}),
+        ("--minutes 15 --rehearse", {"smoke": 1, "whole": 4, "staged": 8}),
+        ("--minutes 4.5 --parts ceilings step", {"ceilings": 0.5, "step": 4}),  # they add up to 4.5
+        ("--minutes 2.25 --parts ceilings step", {"ceilings": 0.25, "step": 2}),
+        (
+            "--minutes 9 --parts race configs/studies/staged_192px.yaml",
+            {"race": 3, "configs/studies/staged_192px.yaml": 6},
+        ),
+    ],
+)
+def test_boxes_are_of_half_an_hour_and_shrink_with_less(options, expected):
+    args = gpu.read_options(["--out", "x", *options.split()])
+    assert {part: gpu.box_of(part, args) for part in expected} == expected
+
+
 # ---- what ends badly ----
 
 
