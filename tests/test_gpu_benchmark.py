@@ -258,6 +258,39 @@ def test_a_study_is_told_its_time_and_how_it_ended(tmp_path, monkeypatch):
         assert end.value.cut is cut
 
 
+@pytest.mark.parametrize(
+    ("card", "data", "digest", "taken"),
+    [
+        ("A card", "imagenette-224", None, 2),
+        ("Another", "imagenette-224", None, 0),  # its times would stand beside those of the first
+        ("A card", "imagenette2-160", None, 0),
+        ("A card", "imagenette-224", "0123456789ab", 0),  # a study that has changed since
+    ],
+)
+def test_a_study_begins_with_the_rows_that_this_card_has_in_results(tmp_path, monkeypatch, card, data, digest, taken):
+    name, study = "staged_192px", str(ROOT / "configs/studies/staged_192px.yaml")
+    digest = digest or read_study(study, "", []).runs[0].settings_digest
+    (tmp_path / "results").mkdir()
+    for part in ("", "_epochs", "_means", "_differences"):
+        (tmp_path / "results" / f"{name}{part}.csv").write_text(
+            f"condition,seed,device,settings\nprogressive,0,A card,{digest}\nprogressive,1,A card,{digest}\n"
+        )
+    monkeypatch.setattr(work.common, "ROOT", tmp_path)
+    monkeypatch.setattr(setups, "find_device", lambda name, local_rank: torch.device("cuda"))
+    monkeypatch.setattr(work, "find_device", lambda name, local_rank: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    setup = setups.Setup(out=str(tmp_path / "out"))
+
+    def take_over():
+        return work.take_over(study, setup, f"somewhere/{data}")
+
+    assert take_over() == taken
+    left = sorted(file.name for file in (tmp_path / "out").rglob("*.csv"))
+    parts_of = ["", "_differences", "_epochs", "_means"] if taken else []
+    assert left == [f"{name}{part}.csv" for part in parts_of]
+    assert take_over() == 0  # what is there stays
+
+
 def test_tests_that_fail_are_named(tmp_path, monkeypatch):
     seen = []
 
