@@ -22,7 +22,6 @@ T = TypeVar("T")
 
 # ---- random numbers by key ----
 
-
 Bits = NDArray[np.uint64]
 GOLDEN, FIRST_FACTOR, SECOND_FACTOR = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 MASK = 2**64 - 1
@@ -79,10 +78,8 @@ def drawing_from(*key: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-# Keys of generators end in what they are for, so that no two uses share a stream:
+# Keys of generators end in what they are for, so that no two share a stream (draws of batches are the hashes themselves):
 # (seed, epoch, index, repeat, SAMPLE), (seed, epoch, step, rank, STEP or MIX), (seed, epoch, ORDER), (seed, index, HALF).
-# The draws of batches (augment/draws.py) are hashes of (seed, epoch, index, repeat, column) themselves, no generators: a
-# few of these keys are also a generator's, whose stream has nothing to do with the hash that it begins from.
 SAMPLE, STEP, MIX, ORDER, HALF = range(1, 6)
 
 # ---- processes, device, precision ----
@@ -96,6 +93,7 @@ class Runtime:
     scaler: of gradients in float16, else does nothing
     control: group of processes for small host-side messages, None with one process
     patient: the same, for what one process may do for hours while the others wait
+    proven: what the rehearsal has found memory for: LARGE_EVALUATION
     """
 
     device: torch.device
@@ -108,6 +106,7 @@ class Runtime:
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
     control: dist.ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None
+    proven: set[str] = field(default_factory=set, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -305,6 +304,8 @@ def start_runtime(config: Config) -> Runtime:
         torch.cuda.set_device(device)
     if config.sync_bn and world_size > 1 and device.type != "cuda":
         raise ConfigError(f"sync_bn works on CUDA GPUs, the device is {device.type}; leave it out")
+    if config.cuda_graphs == "on" and (device.type, world_size) != ("cuda", 1):
+        raise ConfigError(f"cuda_graphs on takes a GPU and one process, got {device.type} and {world_size}; give auto")
     control = patient = None
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"

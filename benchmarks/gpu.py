@@ -1,7 +1,7 @@
 """What does this GPU give? Everything that half an hour can tell, in order of worth, on one page.
 
     python benchmarks/gpu.py --minutes 30 --data data/imagenette2 --out runs/gpu
-    python benchmarks/gpu.py --minutes 30 --out runs/gpu --plan
+    python benchmarks/gpu.py --minutes 15 --out runs/gpu --plan
     python benchmarks/gpu.py --minutes 4 --data data/imagenette2 --out runs/gpu --parts ceilings step --box step=3
     python benchmarks/gpu.py --rehearse --out runs/rehearsal
 
@@ -19,7 +19,8 @@ leaderboard   its short rows, by its rules where DATA is the 160 px set,
 staged        and stages against a fixed size, with as many epochs and with as much arithmetic
 
 A measurement begins only while the box of its part lasts, and is cut when twice the box or --minutes are over; a study
-is stopped at the end of its box, and gets half a minute more to save its runs. Rows are in rows.jsonl as soon as they
+is stopped at the end of its box, and gets half a minute more to save its runs. The boxes are of half an hour: with fewer
+--minutes than that, and than the wanted parts' boxes add up to, all shrink alike. Rows are in rows.jsonl as soon as they
 are there, those of the studies in results/; the same command goes on where the last one ended. report.html shows what
 there is. The minutes are of an H100 with 16 cores (an estimate); --rehearse runs all of it, tiny, in three minutes on
 two CPU cores.
@@ -43,11 +44,12 @@ from gpu_work import SAVING, Ended, Worker, run_study
 
 from settings.errors import ConfigError, first_line, tell
 
-# Part: its box in minutes. Without --parts all but the race, whose winners the leaderboard's study names.
+# Part: its box in minutes, of half an hour. Without --parts all but the race, whose winners the leaderboard's study names.
 BOXES = {
     "smoke": 1.0, "tests": 2.0, "ceilings": 0.5, "whole": 4.0, "step": 4.0, "profile": 1.5, "reference": 1.5,
     "batch": 2.0, "progressive": 2.0, "race": 4.0, "leaderboard": 8.0, "staged": 8.0,
 }  # fmt: skip
+HALF_AN_HOUR = 30.0
 WITHOUT_IMAGES = ("smoke", "tests", "ceilings", "step", "batch")
 STUDY_BOX = 8.0  # of a study that is named by its file
 STUDIES = {
@@ -189,8 +191,12 @@ def show_plan(args: argparse.Namespace, setup: Setup, items: dict[str, list[Item
 
 
 def box_of(part: str, args: argparse.Namespace) -> float:
-    """Find the box of a part, minutes."""
-    return args.box.get(part, BOXES.get(part, STUDY_BOX))
+    """Find the box of a part, minutes: as --box says, else its share of --minutes; in a rehearsal all have time enough."""
+    wanted = args.parts or [name for name in BOXES if name != "race"]
+    boxes = {name: args.box.get(name, BOXES.get(name, STUDY_BOX)) for name in wanted}
+    if part in args.box or args.rehearse:
+        return boxes[part]
+    return boxes[part] * min(1.0, args.minutes / min(HALF_AN_HOUR, sum(boxes.values())))
 
 
 def named(part: str) -> str:

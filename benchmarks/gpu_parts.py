@@ -50,12 +50,16 @@ TOP_KERNELS = 20
 
 @dataclass(frozen=True)
 class Item:
-    """One measurement: `function(setup, *args)` yields its rows. Without a function it is a study, by its file's name."""
+    """One measurement: `function(setup, *args)` yields its rows. Without a function it is a study, by its file's name.
+
+    last: of its process, which a profiler leaves slower than it was
+    """
 
     part: str
     name: str
     function: Callable[..., Iterator[common.Measures]] | None = None
     args: tuple = ()
+    last: bool = False
 
 
 # ---- it runs ----
@@ -101,10 +105,12 @@ def tests(setup: Setup) -> Iterator[common.Measures]:
     with suppress(FileNotFoundError):
         os.remove(report)  # an earlier one's counts would stand for those of one that does not start
     # These files alone: others import what is for development, and are of no use here.
-    files = [str(path) for path in sorted(common.ROOT.glob("tests/test_*.py")) if "@pytest.mark.gpu" in path.read_text("utf-8")]  # fmt: skip
+    files = [str(path) for path in sorted(common.ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text("utf-8")]  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "--continue-on-collection-errors"]  # fmt: skip
-    if find_spec("xdist") is not None and setup.on_gpu:  # the longest compile kernels on the CPU
-        command += ["-n", "4", "--dist", "loadfile"]
+    if (
+        find_spec("xdist") is not None and setup.on_gpu
+    ):  # the longest compile kernels on the CPU; several are of one file
+        command += ["-n", "4", "--dist", "load"]
     done = subprocess.run([*command, f"--junitxml={os.path.abspath(report)}", *files], cwd=common.ROOT)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest ended with status {done.returncode}")
@@ -358,8 +364,8 @@ def plan_items(setup: Setup) -> dict[str, list[Item]]:
         "ceilings": [("ceilings", ceilings, ())],
         "whole": [
             (f"{', '.join(map(str, sizes))} px{form(eager)}", whole, (sizes, eager))
-            for sizes in (setup.sizes, setup.other_sizes)
             for eager in variants
+            for sizes in (setup.sizes, setup.other_sizes)
         ],
         "step": [(f"{size} px", steps, (size,)) for size in by_worth],
         "profile": [(f"{setup.sizes[0]} px{form(eager)}", profiled, (eager,)) for eager in variants],
@@ -367,4 +373,4 @@ def plan_items(setup: Setup) -> dict[str, list[Item]]:
         "batch": [(f"{size} px", batches, (size,)) for size in ends],
         "progressive": [(way, staged, (way,)) for way in ("staged", "fixed")],
     }
-    return {part: [Item(part, *item) for item in items] for part, items in lists.items()}
+    return {part: [Item(part, *item, last=part == "profile") for item in items] for part, items in lists.items()}

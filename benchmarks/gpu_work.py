@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import common
@@ -17,7 +19,10 @@ import torch
 from gpu_parts import Item, free_memory
 from gpu_setup import Setup
 
-from settings.errors import RunError, first_line
+from settings.errors import ConfigError, RunError, first_line
+from studies.rows import read_rows
+from studies.study import read_study
+from utils import find_device
 
 SAVING = 30.0  # seconds that a sweep gets to save its runs, after its time
 
@@ -79,10 +84,10 @@ class Worker:
                 status = self.process.exitcode
                 self.close()
                 raise Ended(f"the process ended with status {status}; see {self.log}") from error
+            if kind == "lost" or (item.last and kind != "row"):
+                self.close()
             if kind == "end":
                 return
-            if kind == "lost":
-                self.close()
             if kind in ("error", "lost"):
                 raise Ended(content)
             yield content
@@ -142,12 +147,46 @@ def end_tree(pid: int) -> None:
                 process.kill()
 
 
+def take_over(study: str, setup: Setup, data: str) -> int:
+    """Copy the repository's rows of a study to where its sweep goes on, if this card made all of them, of these images.
+
+    The sweep would ask for neither, and mix the times of two cards.
+
+    Returns: how many runs need not be repeated.
+    """
+    name, target = Path(study).stem, Path(setup.out, "results")
+    own = common.ROOT / "results"
+    rows = read_rows(str(own / f"{name}.csv"))
+    if not rows or not setup.on_gpu or (target / f"{name}.csv").exists():
+        return 0
+    runs = read_study(str(common.ROOT / study), "", []).runs
+    digests = {run.settings_digest for run in runs}
+    card = torch.cuda.get_device_name(find_device(setup.device, 0))
+    if any(row["device"] != card or row["settings"] not in digests for row in rows):
+        return 0
+    if {Path(data).name} != {Path(run.config.data_path).name for run in runs}:
+        return 0
+    target.mkdir(parents=True, exist_ok=True)
+    for part in (
+        "_epochs",
+        "_means",
+        "_differences",
+        "",
+    ):  # the runs' own rows last: by them a sweep knows what is done
+        shutil.copy(own / f"{name}{part}.csv", target)
+    return len(rows)
+
+
 def run_study(study: str, setup: Setup, data: str, parallel: int, limit: float, log: str) -> None:
     """Carry out a study with sweep.py until `limit`; its rows lie below `setup.out`, its runs below `setup.scratch`.
 
     Raises:
         Ended: some of its runs failed, or time was over; the same call goes on then.
     """
+    with suppress(ConfigError):  # which the sweep tells
+        taken = take_over(study, setup, data)
+        if taken:
+            print(f"{study}: {taken} runs are in results/ already", flush=True)
     seconds = limit - time.monotonic()
     command = [sys.executable, "sweep.py", study, "--parallel", str(parallel), "--time-budget", f"{max(1.0, seconds):.0f}s"]  # fmt: skip
     command += ["--results", os.path.abspath(os.path.join(setup.out, "results")), "--output-dir", os.path.abspath(os.path.join(setup.scratch, "trainings"))]  # fmt: skip

@@ -15,6 +15,17 @@ from images.datasets import Images
 from images.store import StoredImages
 from utils import Runtime
 
+LARGE_EVALUATION = "large evaluation"  # in `Runtime.proven`: there is memory for batches of `large_batch`
+
+
+def large_batch(batch_size: int, crop_size: int) -> int:
+    """Choose how many images a GPU evaluates at once: more than it trains on, which are too few to keep it at work.
+
+    512, but no more than 2**25 pixels, so that memory is bounded at every size. large_batch(128, 224) == 512,
+    large_batch(128, 300) == 372.
+    """
+    return max(batch_size, min(512, 2**25 // crop_size**2))
+
 
 class EvalImages(Dataset):
     """One process's share of the validation images, under a fixed transform.

@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 from augment.pixels import denormalise
 from images.datasets import Data
 from images.decode import check_decoder
-from images.evaluation import EvalImages, EvalOnDevice
+from images.evaluation import LARGE_EVALUATION, EvalImages, EvalOnDevice, large_batch
 from images.order import DrawSampler
 from images.sources import Source, find_source
 from images.store import StoredImages
@@ -167,13 +167,15 @@ def augment_on(config: Config, runtime: Runtime) -> str:
 def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) -> DataLoader | EvalOnDevice:
     """Build the loader of this process's share of the validation images, at `crop_size`.
 
-    On a GPU, where training images are augmented
-    on the device, stored ones are resized there too; else workers do it.
+    On a GPU, where training images are augmented on the device, stored ones are resized there too, in large batches if
+    the rehearsal has found memory for them; else workers do it.
     """
     resize_size = resize_for(config, crop_size)
     batch_size = int(max(config.batch_size))
     on_cuda = runtime.device.type == "cuda"
     if on_cuda and isinstance(data.val, StoredImages) and augment_on(config, runtime) == "device":
+        if LARGE_EVALUATION in runtime.proven:
+            batch_size = large_batch(batch_size, crop_size)
         return EvalOnDevice(data.val, runtime, crop_size=crop_size, resize_size=resize_size, batch_size=batch_size)
     images = EvalImages(data.val, test_preset(config, crop_size), runtime.rank, runtime.world_size)
     return make_loader(images, runtime, config.workers, batch_size=batch_size)

@@ -4,6 +4,8 @@ EfficientNetV2-S takes some 2,400 kernels forward and backward. At small image s
 one thread can launch them, and the stage that should be cheapest waits for the processor.
 """
 
+import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -44,7 +46,7 @@ class StepGraph:
         forget_gradients(parameters)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: threads of the loader pin memory meanwhile, which must not end the capture.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with collecting_nothing(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.loss = gradients(images, targets)
         self.gradients = [parameter.grad for parameter in parameters]
 
@@ -91,6 +93,7 @@ class StepGraphs:
         """
         self.graphs.clear()
         forget_gradients(self.parameters)
+        gc.collect()  # what only dead cycles hold; torch does so no more since 2.9
         self.runtime.release_memory()
         if not self.possible:
             return
@@ -147,10 +150,28 @@ class StepGraphs:
 
 
 @contextmanager
+def collecting_nothing() -> Iterator[None]:
+    """Keep Python's garbage collection from starting by itself within the block.
+
+    Were it to find the graph of a learner that is gone, it would destroy it, which breaks the capture under way
+    (pytorch/pytorch#161037).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
 def no_waits() -> Iterator[None]:
     """Have torch raise RuntimeError within the block where the processor would wait for the device."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once a process torch warns of a prototype, which no user has asked for
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

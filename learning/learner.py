@@ -185,7 +185,7 @@ class Learner:
             self.train()
             sizes = sorted(batch_sizes, reverse=True)
             self.graphs.capture([self.noise(image_size, batch_size, soft_classes) for batch_size in sizes])
-        elif self.compiled:
+        if self.compiled and (self.graphs is None or not self.graphs.possible):
             with self.undoing():
                 self.step_on_noise(image_size, self.full_batch)
 
@@ -285,11 +285,16 @@ def build_learner(
         ema=EMA(model, config) if config.model_ema else None,
         clip_grad_norm=config.clip_grad_norm,
         compiled=config.compile,
-        # With several processes DDP's exchange of gradients is part of the backward pass, and stays outside of graphs.
-        # Whether compiled kernels give the same numbers within a graph has not been seen.
-        graphed=config.cuda_graphs == "auto"
-        and runtime.device.type == "cuda"
-        and runtime.world_size == 1
-        and not config.compile,
+        graphed=wants_graphs(config, runtime),
     )
     return learner, loaded
+
+
+def wants_graphs(config: Config, runtime: Runtime) -> bool:
+    """Decide whether the step is captured in CUDA graphs, if it can be.
+
+    With several processes DDP's exchange of gradients is part of the backward pass, and stays outside of graphs. Compiled
+    kernels within a graph have not been seen on a GPU, and are left to who asks for them.
+    """
+    asked = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and not config.compile)
+    return asked and runtime.device.type == "cuda" and runtime.world_size == 1

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from images.evaluation import LARGE_EVALUATION, large_batch
 from images.order import DrawSampler
 from learning.learner import Learner
 from settings.errors import ConfigError, first_line
@@ -24,10 +25,11 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int, test_
     take the most memory.
 
     What a step leaves free, an evaluation takes; but the memory of a CUDA graph serves that graph alone. If not all of
-    it fits beside each other, there are no graphs.
+    it fits beside each other, evaluation takes no more images at once than training; if it does not fit even so, there
+    are no graphs.
 
     num_images: of the training set; a small one fills no batch
-    test_size, test_batch_size: of the images that are evaluated, pixels, and how many at once
+    test_size, test_batch_size: of the images that are evaluated, pixels, and how many at once at least
 
     Returns: bytes of GPU memory that training takes at most, beyond what is held before and after; 0 without a CUDA
         device.
@@ -59,7 +61,12 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int, test_
     runtime = learner.runtime
     runtime.release_memory()
     training = max(0, reserved - runtime.reserved_memory())
-    evaluating = rehearse_evaluation(learner, test_size, test_batch_size) if runtime.device.type == "cuda" else 0
+    evaluating = 0
+    if runtime.device.type == "cuda":
+        beside = training + AUGMENTING if learner.graphed else 0
+        size = max([test_size, *(stage.image_size for stage in stages)])  # at the end also these are evaluated
+        taken = rehearse_large_evaluation(learner, size, test_batch_size, beside)
+        evaluating = rehearse_evaluation(learner, test_size, test_batch_size) if taken is None else taken
     if learner.graphed and training + evaluating + AUGMENTING > runtime.free_memory():
         learner.graphed, learner.graphs = False, None
         runtime.say(
@@ -67,6 +74,26 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int, test_
             f"{evaluating / 2**30:.1f} beside it; a lower batch_size leaves room"
         )
     return training + evaluating if learner.graphed else max(training, evaluating)
+
+
+def rehearse_large_evaluation(learner: Learner, image_size: int, batch_size: int, beside: int) -> int | None:
+    """Evaluate a large batch of noise, as all processes do from then on, if it has room; return the bytes that it takes.
+
+    beside: bytes that are taken meanwhile
+
+    Returns: None if one of the processes has no room for it.
+    """
+    runtime, taken = learner.runtime, 0
+    try:
+        taken = rehearse_evaluation(learner, image_size, large_batch(batch_size, image_size))
+        fits = beside + taken <= runtime.free_memory()
+    except ConfigError:
+        fits = False
+    runtime.release_memory()  # what an evaluation held that did not fit
+    if runtime.any(not fits):
+        return None
+    runtime.proven.add(LARGE_EVALUATION)
+    return taken
 
 
 def rehearse_evaluation(learner: Learner, image_size: int, batch_size: int) -> int:

@@ -183,7 +183,7 @@ class Config:
     amp_dtype: str = setting("auto", "auto: bfloat16 where supported, else float16; float16 trains with a gradient scaler", kind="str", group="machine", choices=("auto", "bfloat16", "float16"), needs=("amp", (True,)))
     channels_last: bool = setting(False, "keep images and weights channels last in memory; faster convolutions", kind="bool", group="machine")
     compile: bool = setting(False, "torch.compile; compiles once per stage, outside the clock", kind="bool", group="machine")
-    cuda_graphs: str = setting("auto", "auto: on a CUDA GPU each stage's step is captured once and replayed, with one process and without compile; off: every kernel is launched by itself", kind="str", group="machine", choices=("auto", "off"))
+    cuda_graphs: str = setting("auto", "auto: on a CUDA GPU each stage's step is captured once and replayed, with one process and without compile; on: with compile too; off: every kernel is launched by itself", kind="str", group="machine", choices=("auto", "on", "off"))
     seed: int = setting(0, "every random choice follows from it", kind="int", group="machine", interval="[0, 4294967295]")
     use_deterministic_algorithms: bool = setting(False, "the same bits on a GPU too, slower", kind="bool", group="machine")
     world_size: int = setting(1, "processes; torchrun says it, only a launch by srun needs it here", kind="int", group="machine", interval="[1, 1000000000]")

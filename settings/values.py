@@ -116,6 +116,8 @@ def convert_one(name: str, value: Any, kind: str, where: str) -> Any:
             value = str(value)  # seconds or epochs, which YAML reads as a number
         if value is False and (name == "decode_cache" or "off" in (row["choices"] or ())):
             value = "off"  # which YAML 1.1 reads so
+        if value is True and "on" in (row["choices"] or ()):
+            value = "on"
         if not isinstance(value, str):
             raise wrong
         check_text(name, value, where)

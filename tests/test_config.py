@@ -311,11 +311,14 @@ def test_a_checkpoint_knows_where_its_run_stands(tmp_path):
     assert resolve(["--start-epoch", "3", "--resume", "auto"]).start_epoch == 3  # as the run began, by its config.yaml
 
 
-def test_off_is_a_word_though_yaml_reads_it_as_a_number_of_truth(tmp_path):
+def test_on_and_off_are_words_though_yaml_reads_them_as_truth(tmp_path):
     config = resolve(["--config", file_with(tmp_path, "clearml: off\ncuda_graphs: Off\ndecode_cache: off\n")])
     assert (config.clearml, config.cuda_graphs, config.decode_cache) == ("off", "off", "off")
     with pytest.raises(ConfigError, match="opt must be one of"):
         resolve(["--config", file_with(tmp_path, "opt: off\n")])
+    assert resolve(["--config", file_with(tmp_path, "cuda_graphs: on\n")]).cuda_graphs == "on"
+    with pytest.raises(ConfigError, match="clearml must be one of"):
+        resolve(["--config", file_with(tmp_path, "clearml: on\n")])
 
 
 def test_a_warm_up_without_end_is_doubted_not_refused(capsys, tmp_path):

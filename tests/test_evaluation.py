@@ -10,7 +10,7 @@ from PIL import Image
 from augment.batch import window_rows
 from augment.pixels import denormalise
 from images.datasets import Data, load_data
-from images.evaluation import EvalImages, EvalOnDevice
+from images.evaluation import LARGE_EVALUATION, EvalImages, EvalOnDevice, large_batch
 from images.loaders import eval_loader
 from images.store_place import with_store
 from images.workers import closing_loader
@@ -107,6 +107,26 @@ def test_where_a_gpu_augments_it_also_resizes_for_evaluation(stored, device, fla
     with closing_loader(eval_loader(config, Data(train=stored, val=stored), runtime, 24)) as loader:
         assert isinstance(loader, EvalOnDevice) is expected
         assert len(loader) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "crop_size", "expected"),
+    # 2**25 is 33,554,432: over 128 * 128 = 16,384 it is 2048, over 300 * 300 = 90,000 372.8, over 147,456 227.6
+    [(128, 128, 512), (128, 300, 372), (128, 384, 227), (256, 384, 256), (1024, 128, 1024)],
+)
+def test_a_gpu_evaluates_more_images_at_once_than_it_trains_on(batch_size, crop_size, expected):
+    assert large_batch(batch_size, crop_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "proven", "expected"),
+    [("cuda", {LARGE_EVALUATION}, 512), ("cuda", set(), 4), ("cpu", {LARGE_EVALUATION}, 4)],
+)
+def test_it_does_so_where_that_was_rehearsed(stored, device, proven, expected):
+    runtime = Runtime(device=torch.device(device), proven=proven)
+    config = resolve(["--workers", "0", "--batch-size", "4"])
+    with closing_loader(eval_loader(config, Data(train=stored, val=stored), runtime, 24)) as loader:
+        assert loader.batch_size == expected
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -145,16 +146,42 @@ def test_a_study_gets_its_half_minute_within_the_minutes(tmp_path, monkeypatch):
     assert 85 < seen[0] - start < 120  # of 120 seconds 30 are for saving
 
 
-def test_all_parts_by_default_but_the_race():
+def test_all_parts_by_default_but_the_race(monkeypatch):
     args = gpu.read_options(["--out", "x"])
     items = gpu.items_of(args, setups.Setup(device="cpu"))
     assert list(items) == [part for part in gpu.BOXES if part != "race"]
     assert [item.name for item in items["whole"]] == ["128, 185, 242, 300 px", "192, 256, 320 px"]
     assert [item.name for item in items["step"]] == [f"{size} px" for size in (128, 300, 185, 242, 192, 256, 320)]
+    assert [part for part, of in items.items() if any(item.last for item in of)] == ["profile"]
+    monkeypatch.setattr(setups, "find_device", lambda name, local_rank: torch.device("cuda"))
+    assert [item.name for item in gpu.items_of(args, setups.Setup())["whole"]] == [
+        "128, 185, 242, 300 px", "192, 256, 320 px", "128, 185, 242, 300 px, eager", "192, 256, 320 px, eager",
+    ]  # fmt: skip
     args.parts = ["race", "configs/leaderboard/studies/race_20.yaml"]
     assert [item.name for of in gpu.items_of(args, setups.Setup(device="cpu")).values() for item in of] == [
         "configs/leaderboard/studies/race.yaml", "configs/leaderboard/studies/race_20.yaml",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", {"smoke": 1, "whole": 4, "staged": 8}),
+        ("--minutes 60", {"smoke": 1, "whole": 4, "staged": 8}),
+        ("--minutes 15", {"smoke": 0.5, "whole": 2, "staged": 4}),
+        ("--minutes 15 --box whole=7", {"smoke": 0.5, "whole": 7, "staged": 4}),
+        ("--minutes 15 --rehearse", {"smoke": 1, "whole": 4, "staged": 8}),
+        ("--minutes 4.5 --parts ceilings step", {"ceilings": 0.5, "step": 4}),  # they add up to 4.5
+        ("--minutes 2.25 --parts ceilings step", {"ceilings": 0.25, "step": 2}),
+        (
+            "--minutes 9 --parts race configs/studies/staged_192px.yaml",
+            {"race": 3, "configs/studies/staged_192px.yaml": 6},
+        ),
+    ],
+)
+def test_boxes_are_of_half_an_hour_and_shrink_with_less(options, expected):
+    args = gpu.read_options(["--out", "x", *options.split()])
+    assert {part: gpu.box_of(part, args) for part in expected} == expected
 
 
 # ---- what ends badly ----
@@ -180,8 +207,13 @@ def test_a_measurement_that_fails_dies_or_never_ends_costs_itself(tmp_path, monk
         assert next(breaking)["process"] == process  # a failure did not cost the process
         with pytest.raises(work.Ended, match=r"^RunError: cuda_graphs: the step of this model broke its capture$"):
             next(breaking)
-        (after,) = rows(measurements.well, 3)
+        (after,) = worker.measure(
+            parts.Item("part", "name", measurements.well, (3,), last=True), time.monotonic() + 200
+        )
         assert after["process"] != process  # but a capture that broke did, and the next one has a new one
+        process = after["process"]
+        (after,) = rows(measurements.well, 4)
+        assert after["process"] != process  # nor does one go on that has profiled
         os.kill(after["process"], signal.SIGKILL)
         worker.process.join(20)
         running = rows(measurements.never)
@@ -218,11 +250,45 @@ def test_a_study_is_told_its_time_and_how_it_ended(tmp_path, monkeypatch):
     assert flags[:5] == ["0", "--parallel", "3", "--time-budget", "90s"]
     assert flags[flags.index("--results") + 1] == f"{tmp_path}/out/results"
     assert flags[flags.index("--output-dir") + 1] == f"{tmp_path}/scratch/trainings"
+    assert flags[flags.index("--checkpoint-every") + 1] == "1h"
     assert flags[flags.index("--workers") + 1] == "2" and flags[flags.index("--data-path") + 1] == f"{tmp_path}/data"
     for status, message, cut in (("3", "time was over", True), ("2", "no val/ there", False), ("1", "some runs failed; see .*log", False)):  # fmt: skip
         with pytest.raises(work.Ended, match=f"^{message}$") as end:
             carry_out(status)
         assert end.value.cut is cut
+
+
+@pytest.mark.parametrize(
+    ("card", "data", "digest", "taken"),
+    [
+        ("A card", "imagenette-224", None, 2),
+        ("Another", "imagenette-224", None, 0),  # its times would stand beside those of the first
+        ("A card", "imagenette2-160", None, 0),
+        ("A card", "imagenette-224", "0123456789ab", 0),  # a study that has changed since
+    ],
+)
+def test_a_study_begins_with_the_rows_that_this_card_has_in_results(tmp_path, monkeypatch, card, data, digest, taken):
+    name, study = "staged_192px", str(ROOT / "configs/studies/staged_192px.yaml")
+    digest = digest or read_study(study, "", []).runs[0].settings_digest
+    (tmp_path / "results").mkdir()
+    for part in ("", "_epochs", "_means", "_differences"):
+        (tmp_path / "results" / f"{name}{part}.csv").write_text(
+            f"condition,seed,device,settings\nprogressive,0,A card,{digest}\nprogressive,1,A card,{digest}\n"
+        )
+    monkeypatch.setattr(work.common, "ROOT", tmp_path)
+    monkeypatch.setattr(setups, "find_device", lambda name, local_rank: torch.device("cuda"))
+    monkeypatch.setattr(work, "find_device", lambda name, local_rank: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    setup = setups.Setup(out=str(tmp_path / "out"))
+
+    def take_over():
+        return work.take_over(study, setup, f"somewhere/{data}")
+
+    assert take_over() == taken
+    left = sorted(file.name for file in (tmp_path / "out").rglob("*.csv"))
+    parts_of = ["", "_differences", "_epochs", "_means"] if taken else []
+    assert left == [f"{name}{part}.csv" for part in parts_of]
+    assert take_over() == 0  # what is there stays
 
 
 def test_tests_that_fail_are_named(tmp_path, monkeypatch):
@@ -242,8 +308,14 @@ def test_tests_that_fail_are_named(tmp_path, monkeypatch):
     (row,) = parts.tests(setups.Setup(scratch=str(tmp_path)))
     assert (row["tests"], row["failures"], row["errors"], row["skipped"]) == (4, 1, 1, 1)
     assert row["broken"] == "b.bad, c.broken" and row["exit_status"] == 1
-    asked = {Path(word).stem for word in seen[0] if word.endswith(".py")}
-    assert {"test_graphs", "test_run", "test_decode", "test_scores"} <= asked and "test_docs" not in asked
+    asked = {word for word in seen[0] if word.endswith(".py")}
+    marked = re.compile(r"mark" r"\.gpu\b")  # in two pieces, so that it does not find itself
+    assert asked == {str(path) for path in ROOT.glob("tests/**/*.py") if marked.search(path.read_text())}
+    assert {"test_graphs", "test_run", "test_decode", "test_scores"} <= {Path(word).stem for word in asked}
+    assert "--dist" not in seen[0]  # without a GPU they are skipped
+    monkeypatch.setattr(setups, "find_device", lambda name, local_rank: torch.device("cuda"))
+    next(parts.tests(setups.Setup(scratch=str(tmp_path))))
+    assert seen[1][seen[1].index("--dist") + 1] == "load"
     monkeypatch.setattr(parts.subprocess, "run", lambda command, **options: SimpleNamespace(returncode=3))
     with pytest.raises(RuntimeError, match=r"^pytest ended with status 3$"):  # it failed, and is tried again
         next(parts.tests(setups.Setup(scratch=str(tmp_path))))

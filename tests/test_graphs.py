@@ -1,17 +1,22 @@
 """CUDA graphs of the step: what a capture leaves behind, on a double of torch's graphs; on a GPU, the same bits as without."""
 
+import gc
+import warnings
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import STAGED, STRONG, assert_same_bits, checkpoint, start
+from runs import STAGED, STRONG, assert_same_bits, checkpoint, metrics, start
 from torch import nn
 
 from learning import graphs
 from learning.graphs import StepGraphs
+from learning.learner import Learner, wants_graphs
 from learning.models import Classifier
 from settings.errors import RunError
+from settings.resolve import resolve
 from utils import Runtime
 
 CPU = Runtime(device=torch.device("cpu"))
@@ -57,7 +62,7 @@ class Step:
 @pytest.fixture
 def doubled(monkeypatch):
     """torch.cuda's graphs, on the CPU: `captured` lists those made, `replays` counts."""
-    seen = SimpleNamespace(captured=[], pools=[], replays=0, sync_debug_mode=0, breaks=None)
+    seen = SimpleNamespace(captured=[], pools=[], replays=0, sync_debug_mode=0, breaks=None, collecting=[])
 
     class Graph:
         def replay(self):
@@ -73,6 +78,7 @@ def doubled(monkeypatch):
         assert capture_error_mode == "thread_local"
         seen.captured.append(graph)
         seen.pools.append(pool)
+        seen.collecting.append(gc.isenabled())
         yield
         if seen.breaks:  # what a capture does that met a wait
             monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the capture's")
@@ -165,10 +171,51 @@ def test_a_step_that_waits_for_the_device_is_not_captured(doubled, capsys):
     assert_same_bits(dict(step.model.state_dict()), before)
 
 
+def test_what_torch_says_of_its_own_watching_is_kept_from_users(doubled, monkeypatch, recwarn):
+    def watch(mode):
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+        doubled.sync_debug_mode = mode
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", watch)
+    with graphs.no_waits():
+        assert not recwarn.list and doubled.sync_debug_mode == "error"
+        warnings.warn("of the step", stacklevel=1)
+    assert str(recwarn.list[0].message) == "of the step"
+
+
 def test_a_capture_that_breaks_ends_the_run_because_torch_does_not_recover(doubled):
     doubled.breaks = "operation not permitted when stream is capturing"
     with pytest.raises(RunError, match=r"give --cuda-graphs off \(operation not permitted"):
         captured(Step(), 8)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("breaks", [None, "operation not permitted"])
+def test_no_garbage_is_collected_during_a_capture_and_after_it_as_before(doubled, breaks, before):
+    """A dead graph among it, destroyed meanwhile, would break the capture."""
+    doubled.breaks = breaks
+    enabled = gc.isenabled()
+    (gc.enable if before else gc.disable)()
+    try:
+        with nullcontext() if breaks is None else pytest.raises(RunError):
+            captured(Step(), 8)
+        assert doubled.collecting == [False] and gc.isenabled() is before
+    finally:
+        (gc.enable if enabled else gc.disable)()
+
+
+def test_garbage_is_collected_before_a_stage_s_captures(doubled):
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    dead = weakref.ref(Cycle())
+    gc.disable()
+    try:
+        captured(Step(), 8)
+        assert dead() is None
+    finally:
+        gc.enable()
 
 
 def test_a_failed_capture_keeps_no_gradients_in_half_precision(doubled):
@@ -253,6 +300,50 @@ def test_the_classifier_alone_is_trained_at_the_precision_it_is_evaluated_at():
     assert not torch.equal(outcomes[0][1], outcomes[0][1].bfloat16().float())  # float32's own digits
 
 
+def test_a_compiled_step_is_compiled_once_and_has_the_same_gradients():
+    """The weights that a capture puts in the place of the model's are those that it is compiled for."""
+    images, targets = torch.randn(6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
+    outcomes = []
+    for compiled in (False, True):
+        model = network()
+        gradients = Gradients(model)
+        gradients.model = torch.compile(model, dynamic=False, backend="aot_eager") if compiled else model
+        stage = StepGraphs(gradients, model, list(model.parameters()), in_bfloat16())
+        for repeat in range(2):
+            graphs.forget_gradients(stage.parameters)
+            with torch.compiler.set_stance("fail_on_recompile" if repeat else "default"):
+                loss = stage.gradients(images, targets)
+        outcomes.append([loss, [parameter.grad for parameter in model.parameters()]])
+    assert_same_bits(*outcomes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "processes", "wanted"),
+    [
+        ("", "cuda", 1, True),
+        ("--compile", "cuda", 1, False),
+        ("--compile --cuda-graphs on", "cuda", 1, True),
+        ("--cuda-graphs on", "cuda", 1, True),
+        ("--cuda-graphs off", "cuda", 1, False),
+        ("", "cuda", 2, False),
+        ("", "cpu", 1, False),
+    ],
+)
+def test_when_the_step_is_captured(flags, device, processes, wanted):
+    runtime = Runtime(device=torch.device(device), world_size=processes)
+    assert wants_graphs(resolve(flags.split()), runtime) is wanted
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_a_step_that_is_compiled_and_not_captured_is_compiled_before_the_clock_runs(monkeypatch, possible):
+    learner = Learner(model := nn.Linear(3, 2), torch.optim.SGD(model.parameters()), nn.CrossEntropyLoss(), CPU)
+    learner.compiled, learner.graphs = True, SimpleNamespace(capture=lambda batches: None, possible=possible)
+    steps = []
+    monkeypatch.setattr(learner, "step_on_noise", lambda *args: steps.append(args))
+    learner.enter_stage(32, {8, 5})
+    assert steps == ([] if possible else [(32, 8)])
+
+
 def test_casts_are_taken_together_in_half_precision_only():
     model = network()
     assert len(graphs.Together(model, torch.bfloat16).half) == 1 + 2 + 2 + 2  # weights and biases of four layers
@@ -271,3 +362,15 @@ def test_a_run_with_graphs_has_the_bits_of_one_without(tree, tmp_path, flags):
     ours, theirs = checkpoint(tmp_path / "auto"), checkpoint(tmp_path / "off")
     for part in ("model", "model_ema", "optimizer"):
         assert_same_bits(ours[part], theirs[part])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_compiled_step_can_be_captured(tree, tmp_path, capsys):
+    """Not to the bit: a compiler rounds to half precision where it likes."""
+    common = ["--device", "cuda", *STAGED, "--amp", "--channels-last", "--compile"]
+    for way in ("on", "off"):
+        assert start(tree, tmp_path / way, *common, "--cuda-graphs", way) == 0
+    assert "cuda_graphs off:" not in capsys.readouterr().out
+    ours, theirs = ([line["loss"] for line in metrics(tmp_path / way)] for way in ("on", "off"))
+    assert ours == pytest.approx(theirs, rel=0.05)

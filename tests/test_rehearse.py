@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from images.evaluation import LARGE_EVALUATION
 from learning.rehearse import rehearse
 from settings.errors import ConfigError
 
@@ -14,12 +15,12 @@ STAGES = [SimpleNamespace(index=i, image_size=size, batch_size=8, finetune=False
 
 
 class Gpu:
-    """Holds 1 GiB. Steps take 3 and 5 more, an evaluation 2."""
+    """Holds 1 GiB. Steps take 3 and 5 more, an evaluation 2, one of a large batch 4."""
 
     device, world_size = SimpleNamespace(type="cuda"), 1
 
     def __init__(self, free):
-        self.free, self.peak, self.said = free, 1, []
+        self.free, self.peak, self.said, self.proven = free, 1, [], set()
 
     def release_memory(self):
         self.peak = 1
@@ -32,6 +33,9 @@ class Gpu:
 
     def say(self, line):
         self.said.append(line)
+
+    def any(self, wish):
+        return wish
 
 
 class OnGpu:
@@ -48,18 +52,22 @@ class OnGpu:
         pass
 
     def step_on_noise(self, image_size, batch_size, net):
-        self.runtime.peak = 1 + {32: 3, 48: 5}[image_size]
+        self.runtime.peak = 1 + {32: 3, 48: 5}.get(image_size, 5)
 
     def evaluate_noise(self, image_size, batch_size):
         self.evaluated.append((image_size, batch_size))
-        self.runtime.peak = 1 + 2
+        self.runtime.peak = 1 + (2 if batch_size == 16 else 4)
 
 
-@pytest.mark.parametrize(("free", "graphs", "taken"), [(8, True, 7), (7.9, False, 5)])
-def test_a_graph_s_memory_leaves_room_for_evaluation_or_there_are_no_graphs(free, graphs, taken):
-    learner = OnGpu(free)  # 5 of the largest step, 2 of an evaluation, 1 of batches to come
+@pytest.mark.parametrize(
+    ("free", "large", "graphs", "taken"),
+    [(10, True, True, 9), (9.9, False, True, 7), (8, False, True, 7), (7.9, False, False, 5)],
+)
+def test_a_graph_s_memory_leaves_room_for_evaluation_or_there_are_no_graphs(free, large, graphs, taken):
+    learner = OnGpu(free)  # 5 of the largest step, 4 or 2 of an evaluation, 1 of batches to come
     assert rehearse(STAGES, learner, 100, 64, 16) == taken * GIB
-    assert learner.evaluated == [(64, 16)]
+    assert learner.evaluated == [(64, 512), (64, 16)][: 1 if large else 2]
+    assert (LARGE_EVALUATION in learner.runtime.proven) is large
     assert learner.graphed is graphs and (learner.graphs is not None) is graphs
     assert bool(learner.runtime.said) is not graphs
     if not graphs:
@@ -70,6 +78,38 @@ def test_a_graph_s_memory_leaves_room_for_evaluation_or_there_are_no_graphs(free
 
 def test_without_graphs_an_evaluation_takes_what_a_step_has_left():
     assert rehearse(STAGES, OnGpu(6, graphed=False), 100, 64, 16) == 5 * GIB
+
+
+def test_the_largest_size_that_is_evaluated_is_rehearsed():
+    """That of a stage, where it is more than the test size: the last weights are evaluated at it, too."""
+    learner = OnGpu()
+    rehearse([SimpleNamespace(**vars(STAGES[1]) | {"image_size": 300})], learner, 100, 224, 16)
+    assert learner.evaluated == [(300, 372)]
+
+
+def test_a_run_without_stages_to_come_still_has_an_evaluation():
+    learner = OnGpu()
+    assert rehearse([], learner, 100, 64, 16) == 4 * GIB and learner.evaluated == [(64, 512)]
+
+
+def test_a_large_evaluation_that_does_not_fit_is_no_error():
+    learner, evaluate = OnGpu(), OnGpu.evaluate_noise
+
+    def too_large(image_size, batch_size):
+        if batch_size > 16:
+            learner.runtime.peak = 80
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        evaluate(learner, image_size, batch_size)
+
+    learner.evaluate_noise = too_large
+    assert rehearse(STAGES, learner, 100, 64, 16) == 7 * GIB and learner.graphed
+    assert learner.evaluated == [(64, 16)] and not learner.runtime.proven and not learner.runtime.said
+
+
+def test_processes_evaluate_large_batches_together_or_not_at_all():
+    learner = OnGpu()
+    learner.runtime.any = lambda wish: True  # another one has no room for them
+    assert rehearse(STAGES, learner, 100, 64, 16) == 7 * GIB and not learner.runtime.proven
 
 
 def test_an_evaluation_that_does_not_fit_names_what_to_lower():

@@ -206,6 +206,11 @@ def test_world_size_that_contradicts_the_launcher_is_refused(monkeypatch):
         start_runtime(resolve(["--world-size", "4", "--device", "cpu"]))
 
 
+def test_graphs_that_are_asked_for_need_a_gpu():
+    with pytest.raises(ConfigError, match="cuda_graphs on takes a GPU and one process, got cpu and 1; give auto"):
+        start_runtime(resolve(["--cuda-graphs", "on", "--device", "cpu"]))
+
+
 def test_processes_of_srun_that_see_a_gpu_each_take_that(monkeypatch):
     """With --gpus-per-task=1 it is number 0 for all of them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
