@@ -216,7 +216,8 @@ def test_rank_0_alone_writes(tmp_path, monkeypatch):
 
     config = Config(tensorboard=True, output_dir=str(tmp_path / "run"))
     assert type(find_tensorboard(config)) is TensorBoard
-    monkeypatch.setenv("RANK", "1")
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1" if name == "RANK" else "2")
     assert type(find_tensorboard(config)) is Dashboard
 
 

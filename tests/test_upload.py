@@ -64,6 +64,7 @@ def test_killed_offline_resumed_and_uploaded_has_every_epoch_once(images, tmp_pa
         assert task.hyperparams["Hyperparameters"]["epochs"] == "100" and len(task.images) == 1
 
 
+@pytest.mark.double
 def test_a_killed_session_is_uploaded_without_a_resume(images, tmp_path, server):
     out, env = tmp_path / "run", nowhere(tmp_path / "cache")
     flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "100000", "--clearml", "offline"]
@@ -174,6 +175,7 @@ def test_an_import_that_fails_goes_on_in_the_same_task(images, tmp_path, server)
     assert task.status == "completed" and list(task.scalars["loss", "train"]) == [0, 1]
 
 
+@pytest.mark.double
 def test_a_run_that_failed_offline_has_failed_on_the_server_for_its_reason(images, tmp_path, server):
     out, env = tmp_path / "run", server.env(tmp_path / "cache")
     flags = [*RUN, "--data-path", images, "--output-dir", out, *"--epochs 3 --print-freq 1 --lr".split()]
