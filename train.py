@@ -34,7 +34,15 @@ from torch.utils.data import DataLoader
 
 from images.datasets import Data, check_folders, load_data
 from images.evaluation import EvalOnDevice
-from images.loaders import TrainLoader, augment_on, batches_of_all, eval_loader, sample_grid, train_loader
+from images.loaders import (
+    TrainLoader,
+    augment_on,
+    batches_of_all,
+    eval_loader,
+    evaluates_on_device,
+    sample_grid,
+    train_loader,
+)
 from images.store_place import with_store
 from images.workers import closing_loader
 from learning.balance import find_class_weights, tell_class_weights
@@ -106,7 +114,8 @@ def main(config: Config, runtime: Runtime, dashboard: Dashboard, at_end: ExitSta
 
     # One step and a few images of every stage to come: what does not fit or cannot be read shows now, not in hours
     ahead = plan.ahead(state.epoch)
-    reserved = rehearse(ahead, learner, len(data.train), config.val_crop_size, int(max(config.batch_size)))
+    test_batch, on_device = int(max(config.batch_size)), evaluates_on_device(config, runtime)
+    reserved = rehearse(ahead, learner, len(data.train), config.val_crop_size, test_batch, on_device)
     fitting = config.fit_time is not None and checkpoint is None
     if fitting:
         check_decoding(config, data, runtime)
@@ -291,7 +300,7 @@ def evaluate_outcome(
 
 def test(config: Config, data: Data, learner: Learner) -> int:
     """Evaluate the model and print its scores; write nothing."""
-    doubt = preset_doubt(config)
+    doubt = None if config.resume else preset_doubt(config)
     if doubt is not None:
         learner.runtime.say(f"warning: {doubt}")
     with closing_loader(eval_loader(config, data, learner.runtime, config.val_crop_size)) as loader:

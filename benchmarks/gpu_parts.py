@@ -107,9 +107,8 @@ def tests(setup: Setup) -> Iterator[common.Measures]:
     # These files alone: others import what is for development, and are of no use here.
     files = [str(path) for path in sorted(common.ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text("utf-8")]  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "--continue-on-collection-errors"]  # fmt: skip
-    if (
-        find_spec("xdist") is not None and setup.on_gpu
-    ):  # the longest compile kernels on the CPU; several are of one file
+    # The longest compile kernels on the CPU; several are of one file.
+    if find_spec("xdist") is not None and setup.on_gpu:
         command += ["-n", "4", "--dist", "load"]
     done = subprocess.run([*command, f"--junitxml={os.path.abspath(report)}", *files], cwd=common.ROOT)
     if done.returncode not in (0, 1):

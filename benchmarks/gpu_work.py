@@ -173,7 +173,8 @@ def take_over(study: str, setup: Setup, data: str) -> int:
         "_differences",
         "",
     ):  # the runs' own rows last: by them a sweep knows what is done
-        shutil.copy(own / f"{name}{part}.csv", target)
+        with suppress(FileNotFoundError):
+            shutil.copy(own / f"{name}{part}.csv", target)
     return len(rows)
 
 

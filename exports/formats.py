@@ -175,7 +175,7 @@ def arguments_of(trained: Trained) -> dict[str, Any]:
     """List what torchvision's builder of the model must be told besides the number of classes."""
     if not hasattr(trained.model, "transform_input"):
         return {}
-    # GoogLeNet and Inception: without auxiliary heads; images are normalised anew inside.
+    # GoogLeNet and Inception: without auxiliary heads; normalised anew inside if they began with published weights.
     return {"aux_logits": False, "init_weights": False, "transform_input": trained.model.transform_input}
 
 

@@ -109,12 +109,13 @@ def is_hidden(name: str) -> bool:
 
 def left_out(root: str) -> list[str]:
     """List the files below `root` that are pictures to people, but whose ending is none that training takes."""
-    return [
-        os.path.join(folder, name)
-        for folder, _, names in sorted(os.walk(root))
-        for name in sorted(names)
-        if name.lower().endswith(OTHER_PICTURES) and not is_hidden(name)
-    ]
+    found, seen = [], set[str]()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        inside[:] = sorted(name for name in inside if os.path.realpath(os.path.join(folder, name)) not in seen)
+        seen.update(os.path.realpath(os.path.join(folder, name)) for name in inside)  # a link may lead back
+        pictures = (name for name in sorted(names) if name.lower().endswith(OTHER_PICTURES) and not is_hidden(name))
+        found += [os.path.join(folder, name) for name in pictures]
+    return found
 
 
 def in_two_classes(looked: Looked) -> Iterable[str]:

@@ -8,7 +8,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -249,8 +249,9 @@ def remove_leftovers(folder: str) -> None:
     """Remove what downloads that were killed have left: folders aside that are more than a day old."""
     for name in os.listdir(folder):
         place = os.path.join(folder, name)
-        if name.startswith(ASIDE) and time.time() - os.path.getmtime(place) > 86_400:
-            shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):  # of another run, that has just removed it
+            if name.startswith(ASIDE) and time.time() - os.path.getmtime(place) > 86_400:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def no_folder(root: str) -> ConfigError:

@@ -20,6 +20,7 @@ from images.evaluation import LARGE_EVALUATION, EvalImages, EvalOnDevice, large_
 from images.order import DrawSampler
 from images.sources import Source, find_source
 from images.store import StoredImages
+from images.store_place import is_stored
 from images.workers import make_loader
 from presets import batch_mix, resize_for, stage_preset, test_preset
 from settings.errors import ConfigError
@@ -164,6 +165,11 @@ def augment_on(config: Config, runtime: Runtime) -> str:
 # ---- evaluation, pictures ----
 
 
+def evaluates_on_device(config: Config, runtime: Runtime) -> bool:
+    """Decide whether validation images are resized on a GPU, if they come out of a store."""
+    return runtime.device.type == "cuda" and is_stored(config) and augment_on(config, runtime) == "device"
+
+
 def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) -> DataLoader | EvalOnDevice:
     """Build the loader of this process's share of the validation images, at `crop_size`.
 
@@ -172,8 +178,7 @@ def eval_loader(config: Config, data: Data, runtime: Runtime, crop_size: int) ->
     """
     resize_size = resize_for(config, crop_size)
     batch_size = int(max(config.batch_size))
-    on_cuda = runtime.device.type == "cuda"
-    if on_cuda and isinstance(data.val, StoredImages) and augment_on(config, runtime) == "device":
+    if isinstance(data.val, StoredImages) and evaluates_on_device(config, runtime):
         if LARGE_EVALUATION in runtime.proven:
             batch_size = large_batch(batch_size, crop_size)
         return EvalOnDevice(data.val, runtime, crop_size=crop_size, resize_size=resize_size, batch_size=batch_size)

@@ -1,7 +1,7 @@
 """One program at a time: what several runs would otherwise fetch or decode each for itself."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -23,7 +23,8 @@ def locked(path: str, waiting: str, wait: bool = True) -> Iterator[bool]:
         alone = wait
         if wait:
             print(waiting, flush=True)
-            lock.acquire()
+            with suppress(OSError):  # of a network disk that goes away
+                lock.acquire()
     except (OSError, NotImplementedError):
         pass
     try:

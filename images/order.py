@@ -45,6 +45,7 @@ class DrawSampler(Sampler[list[Draw]]):
         if self.num_steps == 0:
             raise ConfigError(
                 f"{num_images} training image(s) are too few for {world_size} process(es); each needs at least 2"
+                + (f", not repeats of one (ra_reps {repeats})" if repeats > 1 else "")
             )
 
     @property

@@ -64,7 +64,7 @@ def unreadable(path: str, reason: str) -> ConfigError:
 
 
 # Errors of the system that are of the file: it is gone, may not be read, or is no file.
-OF_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}  # fmt: skip
+OF_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO, errno.ENODEV}  # fmt: skip
 
 
 def of_machine(error: Exception) -> TypeGuard[OSError]:

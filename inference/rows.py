@@ -117,15 +117,16 @@ def opened(path: str | None, overwrite: bool = False, parts: str = "") -> Iterat
     output = None
     try:
         with naming_fault(path):
-            file = open(beside, "xb")  # noqa: SIM115, closed below
+            file = open(beside, "xb", buffering=0)  # noqa: SIM115, closed below; a full disk shows in `Output.write`
         with file:
             output = Output(file, path)
             yield output
             with naming_fault(path):
-                file.flush()
                 os.fsync(file.fileno())
     except BaseException as error:
-        kept = parts and output is not None and not output.failed and os.path.getsize(beside)  # hours may lie in it
+        kept = False
+        with suppress(OSError):  # hours may lie in it
+            kept = bool(parts) and output is not None and not output.failed and os.path.getsize(beside) > 0
         if not kept:
             with suppress(OSError):
                 os.remove(beside)

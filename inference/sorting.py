@@ -95,8 +95,10 @@ def names_like(path: str, number: int) -> Iterator[str]:
     stem, ending = os.path.splitext(name)
     for again in count():
         suffix = f"-{number}{f'-{again}' if again else ''}{ending}"
-        while len(os.fsencode(stem + suffix)) > LONGEST:
+        while stem and len(os.fsencode(stem + suffix)) > LONGEST:
             stem = stem[:-1]
+        while len(os.fsencode(stem + suffix)) > LONGEST:  # all of it is ending
+            suffix = suffix[:-1]
         yield stem + suffix
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose
 
 from learning.learner import build_model_of
-from learning.models import check_name
+from learning.models import as_trained, check_name
 from learning.resume import find_whole
 from learning.weights import read_weights
 from presets import test_preset
@@ -104,7 +104,7 @@ def open_run(
         folder=folder,
         config=config,
         classes=classes,
-        model=model.eval(),
+        model=as_trained(model, published=values.get("weights") is not None).eval(),
         runtime=runtime,
         image_size=image_size or config.val_crop_size,
         weights=which,

@@ -15,9 +15,10 @@ from learning.balance import WeightedLoss
 from learning.checkpoint import Checkpoint, Stateful, to_cpu, undone
 from learning.ema import EMA
 from learning.graphs import StepGraphs, forget_gradients
-from learning.models import build_model, tuned_layers
+from learning.models import as_trained, build_model, tuned_layers
 from learning.optim import build_optimizer
 from learning.state import RunState
+from learning.weights import began_at_random
 from settings.errors import ConfigError, first_line
 from settings.table import Config
 from utils import Runtime
@@ -235,6 +236,8 @@ class Learner:
                 self.lay_out_moments()
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"resume: the checkpoint does not fit these settings: {first_line(error)}") from error
+        for copy in self.copies.values():
+            as_trained(copy, published=checkpoint.config.get("weights") is not None)
         if checkpoint.scaler and to_train:
             self.runtime.scaler.load_state_dict(checkpoint.scaler)
         if self.ema is not None:
@@ -256,6 +259,13 @@ def build_model_of(
 ) -> tuple[nn.Module, str]:
     """Build the model of a run, on the device, and a line that says what of `weights` it holds."""
     model, loaded = build_model(config.model, num_classes, weights, config.bn_momentum, new_head=not config.test_only)
+    if weights is not None and hasattr(model, "transform_input") and began_at_random(config.weights):
+        if not config.test_only:
+            raise ConfigError(
+                f"weights {config.weights} are of a {config.model} that was trained from random weights, on images normalised "
+                "otherwise than for published ones; go on from its checkpoint with --resume instead"
+            )
+        as_trained(model, published=False)
     return model.to(runtime.device).to(memory_format=runtime.memory_format), loaded  # type: ignore[call-overload]
 
 

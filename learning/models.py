@@ -183,9 +183,8 @@ def build_model(
     """
     kwargs: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        # Their published weights expect images normalised anew inside; from random weights it is done as well, so that
-        # what a file of weights expects does not depend on what its run began with.
-        kwargs.update(aux_logits=False, init_weights=True, transform_input=True)
+        # Their published weights expect images normalised anew inside.
+        kwargs.update(aux_logits=False, init_weights=True, transform_input=weights is not None)
     model = get_model(name, weights=None, num_classes=num_classes, **kwargs)
     remember_depth_shares(model)
     if isinstance(model, EfficientNet):
@@ -201,6 +200,16 @@ def build_model(
         for norm in norms:
             norm.momentum = bn_momentum
     return model, loaded
+
+
+def as_trained(model: nn.Module, published: bool) -> nn.Module:
+    """Have a GoogLeNet or Inception see images normalised as in its training; `build_model` goes by whether it has weights.
+
+    published: the run began with weights; those that are published began on images normalised otherwise
+    """
+    if hasattr(model, "transform_input"):
+        model.transform_input = published  # type: ignore[assignment]
+    return model
 
 
 def build_on_meta(name: str, num_classes: int = 1000) -> nn.Module:

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 AUGMENTING = 2**30  # bytes of GPU memory that batches to come take, and RandAugment on them
 
 
-def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int, test_size: int, test_batch_size: int) -> int:
+def rehearse(
+    stages: "Sequence[Stage]",
+    learner: Learner,
+    num_images: int,
+    test_size: int,
+    test_batch_size: int,
+    on_device: bool = True,
+) -> int:
     """Take one whole training step of each stage on noise, and undo it; on a GPU evaluate a batch of noise too.
 
     What does not fit shows in the first minute, not when its stage comes. The steps are not compiled: uncompiled ones
@@ -30,6 +37,7 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int, test_
 
     num_images: of the training set; a small one fills no batch
     test_size, test_batch_size: of the images that are evaluated, pixels, and how many at once at least
+    on_device: they may be resized on the GPU, in larger batches if there is room
 
     Returns: bytes of GPU memory that training takes at most, beyond what is held before and after; 0 without a CUDA
         device.
@@ -63,9 +71,9 @@ def rehearse(stages: "Sequence[Stage]", learner: Learner, num_images: int, test_
     training = max(0, reserved - runtime.reserved_memory())
     evaluating = 0
     if runtime.device.type == "cuda":
-        beside = training + AUGMENTING if learner.graphed else 0
+        beside = AUGMENTING + (training if learner.graphed else 0)
         size = max([test_size, *(stage.image_size for stage in stages)])  # at the end also these are evaluated
-        taken = rehearse_large_evaluation(learner, size, test_batch_size, beside)
+        taken = rehearse_large_evaluation(learner, size, test_batch_size, beside) if on_device else None
         evaluating = rehearse_evaluation(learner, test_size, test_batch_size) if taken is None else taken
     if learner.graphed and training + evaluating + AUGMENTING > runtime.free_memory():
         learner.graphed, learner.graphs = False, None
@@ -87,7 +95,9 @@ def rehearse_large_evaluation(learner: Learner, image_size: int, batch_size: int
     try:
         taken = rehearse_evaluation(learner, image_size, large_batch(batch_size, image_size))
         fits = beside + taken <= runtime.free_memory()
-    except ConfigError:
+    except (ConfigError, RuntimeError) as error:  # too little memory; or a kernel does not take so many numbers
+        if is_of_processes(error):
+            raise
         fits = False
     runtime.release_memory()  # what an evaluation held that did not fit
     if runtime.any(not fits):

@@ -56,7 +56,7 @@ def find_checkpoint(config: Config, runtime: Runtime, own: str, num_epochs: int)
                 f"weights {config.weights} has no effect with resume {config.resume}, whose run began with {weights or 'none'}; "
                 "leave one of them out"
             )
-        config = replace(config, weights=weights)  # so that its record says what it began with
+        config = replace(config, weights=weights)  # by which a GoogLeNet or Inception knows its images' normalisation
     if checkpoint is None:
         if config.test_only and not config.weights:
             raise ConfigError(f"resume: no run in {config.output_dir} to evaluate")

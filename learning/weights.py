@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlparse
 
@@ -13,6 +14,8 @@ from torchvision.models import get_model_weights
 from augment.pixels import IMAGENET_MEAN, IMAGENET_STD
 from learning.checkpoint import Damaged, read_safely
 from settings.errors import ConfigError, first_line
+from settings.resolve import RUN_SETTINGS
+from settings.sources import read_yaml
 from settings.table import Config
 from utils import Runtime
 
@@ -36,6 +39,7 @@ def find_weights(name: str, weights: str) -> Any:
             check_size(name, member)
             return member
     if members and weights == "DEFAULT":
+        check_size(name, get_model_weights(name).DEFAULT)
         return get_model_weights(name).DEFAULT
     known = ", ".join(["DEFAULT", *map(str, members)]) if members else "none"
     raise ConfigError(f"weights {weights!r} is neither a file nor weights of {name} (it has {known})")
@@ -75,6 +79,14 @@ def read_weights(name: str, weights: str, runtime: Runtime | None = None) -> dic
     if not isinstance(state, dict) or not state or not all(map(is_weight, state.keys(), state.values())):
         raise ConfigError(f"weights: {weights} holds no state dict")
     return state
+
+
+def began_at_random(weights: str | None) -> bool:
+    """Check whether a file of weights is of a run, in whose folder it lies, that began with random ones."""
+    beside = os.path.join(os.path.dirname(weights or ""), RUN_SETTINGS)
+    with suppress(ConfigError):
+        return weights is not None and os.path.isfile(weights) and read_yaml(beside).get("weights") is None
+    return False
 
 
 def preset_doubt(config: Config) -> str | None:

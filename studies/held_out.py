@@ -21,6 +21,7 @@ from images.encoded import EncodedImages
 from images.loaders import eval_loader
 from images.workers import closing_loader
 from learning.learner import build_learner
+from learning.models import as_trained
 from learning.weights import read_weights
 from reporting.assessment import receiver_operating, scores_of
 from reporting.folder import BEST, HELD_OUT, RunFolder
@@ -40,13 +41,15 @@ def evaluate_held_out(folder: RunFolder, split: str) -> dict[str, Any]:
     if folder.summary() is None:
         raise ConfigError(f"{folder.path} holds no finished run; give the folder of one")
     values = folder.settings()
+    published = values.get("weights") is not None
     # What the run began with need not be there any more.
     config = resolve([], {name: value for name, value in values.items() if name not in (*LAUNCH, "weights")})
     config = replace(config, decode_cache="off")
     runtime = start_runtime(config)
     data = load_held_out(config, split, runtime)
     learner, _ = build_learner(config, len(data.classes), read_weights(config.model, folder.at(BEST)), runtime)
-    logits, targets = predict(learner.model, data, config, runtime)
+    model = as_trained(learner.model, published=published)
+    logits, targets = predict(model, data, config, runtime)
     return scores(logits, targets)
 
 

@@ -47,6 +47,9 @@ def test_what_people_do_not_see_and_what_training_does_not(clean, capsys):
         )
     (train / "bee" / "photo.HEIC").touch()
     (train / "bee" / "notes.txt").touch()
+    (clean / "other").mkdir()
+    (clean / "other" / "linked.gif").touch()
+    (train / "bee" / "more").symlink_to(clean / "other")
     assert check.main([str(clean / "train")]) == 1
     assert (
         capsys.readouterr().out
@@ -54,9 +57,10 @@ def test_what_people_do_not_see_and_what_training_does_not(clean, capsys):
 train: hidden, or made by a program, and taken for images: 2
   {train}/ant/.ipynb_checkpoints/0-checkpoint.png
   {train}/ant/@eaDir/0.png
-train: pictures of a kind that is left out: 1
+train: pictures of a kind that is left out: 2
   {train}/bee/photo.HEIC
-train 8 in 2 classes: 3 findings
+  {train}/bee/more/linked.gif
+train 8 in 2 classes: 4 findings
 """
     )
 

@@ -247,6 +247,7 @@ LATE = [  # found when the run starts, still before data is read
     ("--stochastic-depth-prob 0.2", "has no effect: ResNet has no stochastic depth"),
     ("--model vit_b_16 --train-crop-size 128", "cannot take images of 128 px"),
     ("--model vit_b_16 --val-crop-size 384 --val-resize-size 384", "cannot take images of 384 px"),
+    ("--model vit_h_14 --weights DEFAULT", "are for images of 518 px alone, and vit_h_14 is built for 224 here"),
     ("--model squeezenet1_1 --train-crop-size 32 --val-crop-size 8", "cannot take images of 8 px"),
     (
         "--model vit_b_16 --weights IMAGENET1K_SWAG_E2E_V1",

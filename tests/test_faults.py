@@ -274,6 +274,11 @@ def test_a_signal_waits_until_workers_are_started_also_if_another_thread_receive
     assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def few(folder):
+    (folder / "few.txt").write_text("ant/0.png\nbee/0.png\n")
+    return folder / "few.txt"
+
+
 def send_to_workers(number):
     for child in multiprocessing.active_children():
         os.kill(child.pid, number)
@@ -317,12 +322,12 @@ def test_workers_that_are_gone_in_an_evaluation_alone_are_told(tree, whole, tmp_
 
 
 def test_workers_that_are_gone_in_the_closing_evaluation_are_told(tree, tmp_path, monkeypatch, capsys):
-    def gone(loader, runtime):
-        raise RunError("worker 7 was killed; lower --workers, then --resume auto continues")
-
-    at_call(monkeypatch, train, "evaluate_outcome", lambda: monkeypatch.setattr(train, "batches_of_all", gone))
-    assert start(tree, tmp_path / "run", "--val-crop-size", "32", "--train-crop-size", "40") == 1
-    assert told(capsys) == "error: worker 7 was killed; lower --workers, then --resume auto continues"
+    monkeypatch.setattr(images.workers, "LOOK_EVERY", 0.5)
+    gone = lambda: at_call(monkeypatch, train.Score, "add", lambda: send_to_workers(signal.SIGKILL))  # noqa: E731
+    at_call(monkeypatch, train, "evaluate_outcome", gone)
+    flags = ["--val-crop-size", "32", "--train-crop-size", "40", "--workers", "1", "--batch-size", "1"]
+    assert start(tree, tmp_path / "run", *flags, "--train-list", str(few(tmp_path))) == 1
+    assert "was killed; where no one did that" in told(capsys)
 
 
 @pytest.mark.parametrize(

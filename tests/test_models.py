@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,21 @@ from torchvision.ops import StochasticDepth
 
 from learning.checkpoint import Checkpoint
 from learning.cost import gflops_per_image
-from learning.models import Classifier, available, build_model, check_name, set_dropout, set_stochastic_depth
+from learning.learner import build_model_of
+from learning.models import (
+    Classifier,
+    as_trained,
+    available,
+    build_model,
+    check_name,
+    set_dropout,
+    set_stochastic_depth,
+)
 from learning.weights import fetch, find_weights, preset_doubt, read_weights
 from settings.errors import ConfigError
 from settings.resolve import resolve
 from stages import make_plan
+from utils import Runtime
 
 SMALL = "shufflenet_v2_x0_5"  # 0.34 million weights below its head of 1024 columns
 
@@ -299,9 +310,22 @@ def test_how_published_weights_want_their_images_is_told():
     assert large.endswith("but for images normalised by mean 0.5 and deviation 0.5, which no setting does")
 
 
-def test_a_googlenet_sees_its_images_alike_whatever_it_began_with():
-    """What a file of weights expects must not depend on what its run began with."""
-    assert build_model("googlenet", 2)[0].transform_input
+def test_weights_of_a_googlenet_of_one_s_own_that_began_at_random(tmp_path):
+    """It saw images as they are; published weights expect them normalised anew inside."""
+    state = build_model("googlenet", 2)[0].state_dict()
+    torch.save(state, tmp_path / "model_best.pth")
+    config = resolve(["--model", "googlenet", "--weights", str(tmp_path / "model_best.pth")])
+    cpu = Runtime(device=torch.device("cpu"))
+    assert build_model_of(config, 2, state, cpu)[0].transform_input  # a file from elsewhere
+    for began, seen in (("null", False), ("DEFAULT", True)):
+        (tmp_path / "config.yaml").write_text(f"model: googlenet\nweights: {began}\n")
+        tested = build_model_of(replace(config, test_only=True), 2, state, cpu)[0]
+        assert tested.transform_input is seen
+        if not seen:
+            with pytest.raises(ConfigError, match="go on from its checkpoint with --resume instead"):
+                build_model_of(config, 2, state, cpu)
+    assert as_trained(tested, published=False).transform_input is False and tested.transform_input is False
+    assert not hasattr(as_trained(nn.Identity(), published=True), "transform_input")
 
 
 @pytest.mark.parametrize(("name", "head"), [

@@ -76,6 +76,22 @@ def test_a_graph_s_memory_leaves_room_for_evaluation_or_there_are_no_graphs(free
         )
 
 
+def test_a_large_evaluation_is_rehearsed_where_it_may_come_and_given_up_where_a_kernel_refuses_it(monkeypatch):
+    learner = OnGpu()
+    rehearse(STAGES, learner, 100, 64, 16, on_device=False)
+    assert learner.evaluated == [(64, 16)] and not learner.runtime.proven
+    learner, evaluate = OnGpu(), OnGpu.evaluate_noise
+
+    def refuse(self, image_size, batch_size):
+        evaluate(self, image_size, batch_size)
+        if batch_size == 512:
+            raise RuntimeError("integer out of range")
+
+    monkeypatch.setattr(OnGpu, "evaluate_noise", refuse)
+    rehearse(STAGES, learner, 100, 64, 16)
+    assert learner.evaluated == [(64, 512), (64, 16)] and not learner.runtime.proven
+
+
 def test_without_graphs_an_evaluation_takes_what_a_step_has_left():
     assert rehearse(STAGES, OnGpu(6, graphed=False), 100, 64, 16) == 5 * GIB
 
