@@ -58,6 +58,7 @@ def test_two_threads_read_the_sdk_s_configuration_once(monkeypatch):
 # ---- it does no harm ----
 
 
+@pytest.mark.double
 def test_all_modes_train_to_the_same_bits(images, tmp_path, server):
     flags = [*RUN, "--data-path", images, "--epochs", "2", "--auto-augment", "ta_wide", "--workers", "1"]
     for mode in ("off", "offline", "auto"):  # auto is online here
@@ -84,6 +85,7 @@ def test_what_is_not_asked_for_is_not_imported(images, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.double
 def test_sigterm_saves_and_the_same_task_goes_on(images, tmp_path, server):
     out, env = tmp_path / "run", server.env(tmp_path / "cache")
     flags = [*RUN, "--data-path", images, "--output-dir", out, "--epochs", "100000"]

@@ -92,6 +92,7 @@ def test_a_session_that_was_killed_at_once_is_told(tmp_path, server):
     assert not server.tasks
 
 
+@pytest.mark.double
 def test_upload_says_what_it_needs(tmp_path, server, capsys):
     assert main(["send"]) == 2
     assert capsys.readouterr().err == "usage: python -m tracking upload OUTPUT_DIR\n"
